@@ -1,0 +1,208 @@
+"""Scaled dot-product attention with an online softmax's interface: outputs, and the log-sum-exp on request.
+
+    s_ij = scale * q_i . k_j            then softcap: c * tanh(s / c)
+    s_ij += bias_ij - slope * |p_i - p_j|      p_i = q_start + i, p_j = k_start + j (global positions)
+    out_i = sum_j visible softmax_j(s_ij) v_j          sinks add exp(sink_h) to the denominator only
+
+Visible: every key, or with `causal` those with p_j <= p_i, or with `window` = w also p_j > p_i - w; keys with p_j < prefix_len are
+always visible. A query that sees no key gives zeros, log-sum-exp -inf and zero gradients.
+
+Shapes: q (B, T, H, D), k (B, S, K, D), v (B, S, K, Dv), H a multiple of K; out (B, T, H, Dv); log-sum-exp (B, H, T) in fp32.
+Accumulation in fp32 (float64 for float64). FLOPs forward: 2 * B * H * T * S * (D + Dv), half of it when causal.
+Sources: Vaswani et al. 2017; Dao et al. 2022 (arXiv 2205.14135); ALiBi: arXiv 2108.12409; sinks: arXiv 2309.17453.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nanotrain.kernels.random import philox
+from nanotrain.kernels.runtime import choose, compute_dtype
+
+EXAMPLES = ((2, 7, 7, 4, 2, 16), (1, 33, 33, 6, 6, 80), (1, 5, 12, 4, 1, 32))
+"""Shapes (B, T, S, H, K, D) that tests and benchmarks share."""
+
+_SCORES = 1 << 23
+"""Scores held at once by the reference: long inputs are worked off in blocks of queries."""
+
+
+def _block(q, k, v, sinks, bias, q_first, k_first, head_start, causal, window, softcap, scale, slopes, prefix, dropout_p, seed):
+    """Attention of a block of queries (B, H, t, D) over keys (B, H, s, D); returns (out, log-sum-exp)."""
+    B, H, t, _ = q.shape
+    s = k.shape[2]
+    scores = (q @ k.transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    rows = torch.arange(q_first, q_first + t, device=q.device)[:, None]
+    columns = torch.arange(k_first, k_first + s, device=q.device)[None, :]
+    if bias is not None:
+        scores = scores + bias
+    if slopes is not None:
+        scores = scores - slopes[..., None, None] * (rows - columns).abs()
+    if causal:
+        visible = columns <= rows
+        if window is not None:
+            visible = visible & (columns > rows - window)
+        if prefix is not None:
+            visible = visible | (columns < prefix.view(-1, 1, 1, 1))
+        scores = scores.masked_fill(~visible, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, H, 1, 1).expand(B, H, t, 1)], -1)
+    peak = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((B, H, t, 1), -math.inf)
+    weights = torch.exp(scores - peak.masked_fill(peak == -math.inf, 0.0))
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    lse = (torch.log(total) + peak.masked_fill(empty, 0.0)).masked_fill(empty, -math.inf).squeeze(-1)
+    probabilities = (weights / total)[..., :s]
+    if dropout_p > 0.0:
+        heads = torch.arange(head_start, head_start + H, device=q.device)[:, None, None]
+        seeds = torch.as_tensor(seed, dtype=torch.int64, device=q.device).view(-1, 1, 1, 1)
+        words = torch.stack(philox(seeds, columns >> 2, rows, heads, 1), -1)
+        word = words.gather(-1, (columns & 3).expand(words.shape[:-1])[..., None]).squeeze(-1)
+        probabilities = probabilities * (word >= int(dropout_p * 2**32)) / (1.0 - dropout_p)
+    return probabilities @ v, lse
+
+
+def _dense(q, k, v, *, causal, window, softcap, scale, sinks, alibi_slopes, bias, prefix_len, q_start, k_start, head_start, dropout_p, seed, return_lse):
+    """Attention over a rectangular batch: torch's fused kernel where it can say it, else blocks of queries."""
+    B, T, H, D = q.shape
+    S, K = k.shape[1:3]
+    q_start = k_start + S - T if q_start is None else q_start
+    if window is not None and k_start > q_start + T - 1 - window and q_start >= k_start:
+        window = None  # it hides nothing here
+    extras = (window, softcap, sinks, alibi_slopes, bias, prefix_len)
+    sees_all = not causal or (T == 1 and q_start - k_start >= S - 1)
+    if all(e is None for e in extras) and not dropout_p and not return_lse and v.shape[-1] == D and T and S:
+        if sees_all or (q_start == k_start and T == S):
+            heads = [x.transpose(1, 2) for x in (q, k, v)]
+            if H != K:
+                heads[1:] = [x.repeat_interleave(H // K, 1) for x in heads[1:]]
+            out = F.scaled_dot_product_attention(*heads, is_causal=not sees_all, scale=scale)
+            return out.transpose(1, 2), None
+    dtype = compute_dtype(q)
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(H // K, 1) if H != K else x for x in (k, v))
+    slopes = None if alibi_slopes is None else alibi_slopes.to(dtype)
+    if prefix_len is not None:
+        prefix_len = torch.as_tensor(prefix_len, device=q.device).expand(B)
+    outs, lses = [], []
+    step = max(16, _SCORES // max(1, B * H * S))
+    for first in range(0, T, step):
+        last = min(T, first + step)
+        low, high = 0, S
+        if causal and prefix_len is None:
+            high = min(S, max(0, q_start + last - k_start))
+            low = 0 if window is None else min(high, max(0, q_start + first - window + 1 - k_start))
+        block_bias = None if bias is None else bias[..., first:last, low:high].to(dtype)
+        arguments = (q[:, :, first:last], k[:, :, low:high], v[:, :, low:high], None if sinks is None else sinks.to(dtype), block_bias,
+                     q_start + first, k_start + low, head_start, causal, window, softcap, scale, slopes, prefix_len, dropout_p, seed)  # fmt: skip
+        if torch.is_grad_enabled() and T > step:
+            out, lse = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out, lse = _block(*arguments)
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        return v.new_zeros(B, 0, H, v.shape[-1]), q.new_zeros(B, H, 0)
+    return torch.cat(outs, 2).transpose(1, 2), torch.cat(lses, 2)
+
+
+def flash_attention_reference(
+    q_BTHD, k_BSKD, v_BSKD, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
+    cu_seqlens=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False,
+):  # fmt: skip
+    """Attention in plain PyTorch; packed documents of equal length share a batch."""
+    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
+    common = dict(causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, q_start=q_start, k_start=k_start,
+                  head_start=head_start, dropout_p=dropout_p, return_lse=return_lse)  # fmt: skip
+    if cu_seqlens is None:
+        out, lse = _dense(q_BTHD, k_BSKD, v_BSKD, alibi_slopes=alibi_slopes, bias=bias, prefix_len=prefix_len, seed=seed, **common)
+    else:
+        lengths_q = cu_seqlens.diff().tolist()
+        lengths_k = lengths_q if cu_seqlens_k is None else cu_seqlens_k.diff().tolist()
+        q, k, v = q_BTHD[0].split(lengths_q), k_BSKD[0].split(lengths_k), v_BSKD[0].split(lengths_k)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for document, shape in enumerate(zip(lengths_q, lengths_k, strict=True)):
+            groups.setdefault(shape, []).append(document)
+        outs, lses = [None] * len(lengths_q), [None] * len(lengths_q)
+
+        def pick(value, documents):  # per-document values, where one was given
+            return value[documents] if isinstance(value, torch.Tensor) and value.dim() else value
+
+        for (t, s), documents in groups.items():
+            slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[documents]
+            out, lse = _dense(*(torch.stack([x[d] for d in documents]) for x in (q, k, v)), alibi_slopes=slopes,
+                              bias=None if bias is None else bias[..., :t, :s], prefix_len=pick(prefix_len, documents),
+                              seed=pick(seed, documents), **common)  # fmt: skip
+            for index, document in enumerate(documents):
+                outs[document] = out[index]
+                lses[document] = None if lse is None else lse[index]
+        out = torch.cat(outs)[None]
+        lse = torch.cat(lses, -1)[None] if return_lse else None
+    out = out.to(q_BTHD.dtype)
+    return (out, lse) if return_lse else out
+
+
+def flash_attention(
+    q_BTHD, k_BSKD, v_BSKD, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
+    cu_seqlens=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False, deterministic=False,
+    impl="auto",
+):  # fmt: skip
+    """Attention of q (B, T, H, D) over k (B, S, K, D) and v (B, S, K, Dv); returns out (B, T, H, Dv) in q's dtype.
+
+    causal        aligned bottom-right unless q_start says otherwise: key k_start + j is visible to query q_start + i when it is not later
+    window        w: a query sees its w last keys, itself among them (needs causal)
+    softcap       c: scores become c * tanh(score / c)
+    scale         of the scores, default D ** -0.5
+    sinks         (H,) logits that join each softmax's denominator; differentiable
+    alibi_slopes  (H,) or (B, H); the score of a pair falls by slope * distance
+    bias          broadcastable to (B, H, T, S), added to the scores; differentiable; with cu_seqlens it is indexed inside each document
+    prefix_len    int or (B,): the first keys are visible to every query (prefix LM; needs causal)
+    cu_seqlens    (documents + 1,) int32 offsets of packed documents along T; B is 1; documents never see each other; `cu_seqlens_k` where
+                  keys are cut elsewhere; B-shaped arguments then have one entry per document
+    q_start, k_start, head_start   global index of the first query (None: k_start + S - T), key and head held here
+    dropout_p, seed   dropout of probabilities [0, 1); drawn from (seed, head, query, key), so it never depends on the layout;
+                  seed: int, or int64 (B,), one per document with cu_seqlens
+    return_lse    also return the log-sum-exp (B, H, T) in fp32, differentiable
+    deterministic ask for a backward whose bits repeat (the reference's always do)
+
+    Raises ValueError naming the argument for shapes, dtypes or combinations that make no sense.
+    """
+    if q_BTHD.dim() != 4 or k_BSKD.dim() != 4 or v_BSKD.dim() != 4:
+        raise ValueError(f"flash_attention: q, k, v must have 4 dimensions, got {q_BTHD.dim()}, {k_BSKD.dim()}, {v_BSKD.dim()}")
+    if k_BSKD.shape[:3] != v_BSKD.shape[:3] or q_BTHD.shape[0] != k_BSKD.shape[0] or q_BTHD.shape[3] != k_BSKD.shape[3]:
+        raise ValueError(f"flash_attention: q {tuple(q_BTHD.shape)}, k {tuple(k_BSKD.shape)}, v {tuple(v_BSKD.shape)} do not fit")
+    if q_BTHD.shape[2] % k_BSKD.shape[2]:
+        raise ValueError(f"flash_attention: {q_BTHD.shape[2]} query heads are no multiple of {k_BSKD.shape[2]} key heads")
+    if not q_BTHD.dtype == k_BSKD.dtype == v_BSKD.dtype:
+        raise ValueError(f"flash_attention: dtypes differ: q {q_BTHD.dtype}, k {k_BSKD.dtype}, v {v_BSKD.dtype}")
+    if not causal and (window is not None or prefix_len is not None):
+        raise ValueError("flash_attention: window and prefix_len need causal=True")
+    if window is not None and window < 1:
+        raise ValueError(f"flash_attention: window={window}; a query sees at least itself, use window >= 1")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"flash_attention: dropout_p={dropout_p} is not in [0, 1)")
+    if dropout_p and seed is None:
+        raise ValueError("flash_attention: dropout_p > 0 needs a seed")
+    if cu_seqlens is not None and q_BTHD.shape[0] != 1:
+        raise ValueError(f"flash_attention: cu_seqlens packs documents along T, so B must be 1, not {q_BTHD.shape[0]}")
+    if cu_seqlens is None and cu_seqlens_k is not None:
+        raise ValueError("flash_attention: cu_seqlens_k without cu_seqlens")
+    choose("flash_attention", impl, q_BTHD, k_BSKD, v_BSKD)
+    return flash_attention_reference(
+        q_BTHD, k_BSKD, v_BSKD, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, alibi_slopes=alibi_slopes,
+        bias=bias, prefix_len=prefix_len, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, q_start=q_start, k_start=k_start,
+        head_start=head_start, dropout_p=dropout_p, seed=seed, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def cost(shape, dtype, *, causal=True) -> tuple[int, int]:
+    """(bytes moved, FLOPs) of one forward for shape (B, T, S, H, K, D): each tensor once, masked pairs not counted."""
+    B, T, S, H, K, D = shape
+    pairs = sum(max(0, min(S, S - T + i + 1)) for i in range(T)) if causal else T * S
+    return B * (2 * T * H + 2 * S * K) * D * dtype.itemsize, 4 * B * H * pairs * D

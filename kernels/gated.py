@@ -1,0 +1,53 @@
+"""Gated activations of a feed-forward layer: swiglu = silu(gate) * up, geglu = gelu_tanh(gate) * up.
+
+Shapes: gate, up and the result (..., F). Computed in fp32 (float64 for float64), rounded once at the end.
+Reads gate and up, writes the product: 3 * N * F * itemsize bytes forward.
+Source: Shazeer 2020 (arXiv 2002.05202); gelu in its tanh form, as GPT-2 and Gemma use it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from nanotrain.kernels.runtime import choose, compute_dtype
+
+EXAMPLES = ((8, 64), (3, 80), (1, 1), (5, 257))
+"""Shapes (rows, F) that tests and benchmarks share."""
+
+
+def swiglu_reference(gate, up):
+    """silu(gate) * up in plain PyTorch."""
+    dtype = compute_dtype(gate)
+    return (F.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+
+
+def geglu_reference(gate, up):
+    """gelu(gate, tanh form) * up in plain PyTorch."""
+    dtype = compute_dtype(gate)
+    return (F.gelu(gate.to(dtype), approximate="tanh") * up.to(dtype)).to(gate.dtype)
+
+
+def _check(op, gate, up):
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"{op}: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} differ")
+
+
+def swiglu(gate, up, *, impl="auto"):
+    """silu(gate) * up for gate and up (..., F) of one dtype. Differentiable in both. ValueError where they differ."""
+    _check("swiglu", gate, up)
+    choose("swiglu", impl, gate, up)
+    return swiglu_reference(gate, up)
+
+
+def geglu(gate, up, *, impl="auto"):
+    """gelu(gate) * up for gate and up (..., F) of one dtype. Differentiable in both. ValueError where they differ."""
+    _check("geglu", gate, up)
+    choose("geglu", impl, gate, up)
+    return geglu_reference(gate, up)
+
+
+def cost(shape, dtype) -> tuple[int, int]:
+    """(bytes moved, FLOPs) of one forward for inputs of `shape`."""
+    elements = torch.Size(shape).numel()
+    return 3 * elements * dtype.itemsize, 6 * elements

@@ -1,0 +1,78 @@
+"""RMSNorm and LayerNorm over the last dimension, optionally fused with the residual addition before them.
+
+    rms_norm:   y = x / sqrt(mean(x^2) + eps) * (weight + offset)
+    layer_norm: y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+
+Shapes: x (..., C), weight and bias (C,). Accumulation in fp32 (float64 for float64). Reads x (and the residual) once and
+writes y (and the sum) once: 2 (4) * N * C * itemsize bytes forward.
+Sources: Zhang and Sennrich 2019 (arXiv 1910.07467); Ba et al. 2016 (arXiv 1607.06450).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from nanotrain.kernels.runtime import choose, compute_dtype
+
+EXAMPLES = ((8, 64), (3, 80), (1, 1), (5, 257))
+"""Shapes (rows, C) that tests and benchmarks share."""
+
+
+def rms_norm_reference(x, weight, eps=1e-6, *, residual=None, offset=0.0):
+    """RMSNorm in plain PyTorch; with `residual`, (normed, x + residual) where the sum is rounded to x's dtype first."""
+    if residual is not None:
+        x = x + residual
+    dtype = compute_dtype(x)
+    scale = weight.to(dtype) + offset if offset else weight.to(dtype)
+    normed = F.rms_norm(x.to(dtype), weight.shape, scale, eps).to(x.dtype)
+    return normed if residual is None else (normed, x)
+
+
+def layer_norm_reference(x, weight, bias=None, eps=1e-5, *, residual=None):
+    """LayerNorm in plain PyTorch; with `residual`, (normed, x + residual) where the sum is rounded to x's dtype first."""
+    if residual is not None:
+        x = x + residual
+    dtype = compute_dtype(x)
+    shift = None if bias is None else bias.to(dtype)
+    normed = F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), shift, eps).to(x.dtype)
+    return normed if residual is None else (normed, x)
+
+
+def _check(op, x, weight, bias, residual):
+    if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(f"{op}: weight {tuple(weight.shape)} does not match the last dimension of x {tuple(x.shape)}")
+    if bias is not None and bias.shape != weight.shape:
+        raise ValueError(f"{op}: bias {tuple(bias.shape)} does not match weight {tuple(weight.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"{op}: residual {tuple(residual.shape)} {residual.dtype} does not match x {tuple(x.shape)} {x.dtype}"
+        )
+
+
+def rms_norm(x, weight, eps=1e-6, *, residual=None, offset=0.0, impl="auto"):
+    """RMSNorm of x (..., C) with weight (C,); `offset` is added to the weight (1.0 for Gemma).
+
+    With `residual` (same shape and dtype as x) returns (normed, x + residual), else normed. Differentiable in all
+    tensors. Raises ValueError for shapes that do not match.
+    """
+    _check("rms_norm", x, weight, None, residual)
+    choose("rms_norm", impl, x, weight)
+    return rms_norm_reference(x, weight, eps, residual=residual, offset=offset)
+
+
+def layer_norm(x, weight, bias=None, eps=1e-5, *, residual=None, impl="auto"):
+    """LayerNorm of x (..., C) with weight and optional bias (C,).
+
+    With `residual` (same shape and dtype as x) returns (normed, x + residual), else normed. Differentiable in all
+    tensors. Raises ValueError for shapes that do not match.
+    """
+    _check("layer_norm", x, weight, bias, residual)
+    choose("layer_norm", impl, x, weight)
+    return layer_norm_reference(x, weight, bias, eps, residual=residual)
+
+
+def cost(shape, dtype) -> tuple[int, int]:
+    """(bytes moved, FLOPs) of one forward of rms_norm on x of `shape`: x in, y out, the weight once."""
+    rows, width = torch.Size(shape[:-1]).numel(), shape[-1]
+    return (2 * rows * width + width) * dtype.itemsize, 4 * rows * width

@@ -1,0 +1,87 @@
+"""AdamW over lists of tensors, in place, in one call.
+
+    m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2        g = grad * grad_scale
+    p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+Computed in fp32 (float64 for float64) on the master copy where there is one; a bf16 parameter then gets its rounded
+copy, or without a master is rounded stochastically. fp32: reads p, g, m, v and writes p, m, v: 28 bytes per parameter.
+Source: Loshchilov and Hutter 2019 (arXiv 1711.05101).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nanotrain.kernels.random import stochastic_round
+from nanotrain.kernels.runtime import choose, compute_dtype
+
+EXAMPLES = ((7,), (33, 5), (1,), (64, 64))
+"""Shapes that tests and benchmarks share."""
+
+
+def adamw_reference(
+    params, grads, exp_avgs, exp_avg_sqs, *, lr, betas, eps, weight_decay, step, grad_scale=None, found_nonfinite=None, masters=None, seed=None,
+    counter_starts=None,
+):  # fmt: skip
+    """AdamW through torch's own fused operator, in the master copies' dtype."""
+    dtype = compute_dtype(*params)
+    wide = list(masters) if masters is not None else [p if p.dtype == dtype else p.to(dtype) for p in params]
+    grads = [g.to(dtype) if grad_scale is None else g.to(dtype) * grad_scale for g in grads]
+    averages = [m if m.dtype == dtype else m.to(dtype) for m in (*exp_avgs, *exp_avg_sqs)]
+    device = params[0].device
+    steps = [torch.as_tensor(step, dtype=torch.float32, device=device) for _ in params]
+    found = None if found_nonfinite is None else torch.as_tensor(found_nonfinite, dtype=torch.float32, device=device)
+    scale = None if found is None else torch.ones((), device=device)
+    torch._fused_adamw_(
+        wide, grads, averages[: len(params)], averages[len(params) :], [], steps, lr=lr, beta1=betas[0], beta2=betas[1],
+        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, grad_scale=scale, found_inf=found,
+    )  # fmt: skip
+    for narrow, average in zip((*exp_avgs, *exp_avg_sqs), averages, strict=True):
+        if narrow is not average:
+            narrow.copy_(average)
+    for index, (p, w) in enumerate(zip(params, wide, strict=True)):
+        if p is w:
+            continue
+        rounded = w
+        if masters is None and seed is not None:
+            rounded = stochastic_round(w, p.dtype, seed, counter_starts[index] if counter_starts is not None else 0)
+        # Without a master the parameter is the only copy: where the step is refused its bits must stay.
+        p.copy_(rounded if found is None or masters is not None else torch.where(found.bool(), p, rounded.to(p.dtype)))
+
+
+def adamw_(
+    params, grads, exp_avgs, exp_avg_sqs, *, lr, betas, eps, weight_decay, step, grad_scale=None, found_nonfinite=None, masters=None, seed=None,
+    counter_starts=None, impl="auto",
+):  # fmt: skip
+    """One AdamW step over lists of tensors of equal shapes, in place.
+
+    lr, step, grad_scale  numbers or device tensors; `step` is this update's number from 1; gradients are multiplied by grad_scale
+    found_nonfinite       device tensor: where it is true nothing at all is written
+    masters               fp32 copies of lower-precision params, updated; the params become their rounded copies
+    seed, counter_starts  without masters, bf16 params are rounded stochastically, element i of tensor n keyed on
+                          (seed, counter_starts[n] + i); needs counter_starts, so that no two tensors share their noise
+
+    Raises ValueError for lists that do not match in length or shape, or for bf16 without masters or seed.
+    """
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if masters is not None:
+        lists["masters"] = masters
+    for name, tensors in lists.items():
+        if [t.shape for t in tensors] != [p.shape for p in params]:
+            raise ValueError(f"adamw_: the shapes of {name} differ from those of params")
+    if not params:
+        return
+    if masters is None and any(p.dtype in (torch.bfloat16, torch.float16) for p in params):
+        if seed is None or counter_starts is None or any(p.dtype != torch.bfloat16 for p in params):
+            raise ValueError("adamw_: low-precision params need masters, or (bf16 only) seed and counter_starts")
+    choose("adamw_", impl, *params)
+    adamw_reference(
+        params, grads, exp_avgs, exp_avg_sqs, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale,
+        found_nonfinite=found_nonfinite, masters=masters, seed=seed, counter_starts=counter_starts,
+    )  # fmt: skip
+
+
+def cost(shape, dtype) -> tuple[int, int]:
+    """(bytes moved, FLOPs) of one step over an fp32 tensor of `shape`."""
+    elements = torch.Size(shape).numel()
+    return 28 * elements, 15 * elements

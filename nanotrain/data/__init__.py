@@ -1,0 +1,1 @@
+"""Text in, packed token shards out, and the loader that reads them."""
