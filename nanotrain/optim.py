@@ -167,13 +167,13 @@ class Optimizer:
             p.grad = None
 
     @torch.no_grad()
-    def step(self, factor: float) -> StepResult:
-        """Update by the gradients gathered, at `factor` of the peak rates, and clear them."""
+    def step(self, factor: float, loss: torch.Tensor) -> StepResult:
+        """Update by the gradients gathered, at `factor` of the peak rates, and clear them; not where they or `loss` are not finite."""
         grads = {n: self.sums.get(n, p.grad) for n, p in self.params.items()}
         grads = {n: torch.zeros_like(self.params[n]) if g is None else g for n, g in grads.items()}
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads.values()]
         norm = torch.linalg.vector_norm(torch.stack(norms)) / self.loss_scale
-        skipped = ~torch.isfinite(norm)
+        skipped = ~(torch.isfinite(norm) & torch.isfinite(loss))
         clip = self.c.clip or math.inf
         scale = (clip / norm).clamp(max=1.0) / self.loss_scale
         self.steps += (~skipped).float()

@@ -1,0 +1,246 @@
+"""Checkpoints that exist whole or not at all, in safetensors and JSON.
+
+    checkpoints/step-00000500/
+        model.safetensors  optimizer.safetensors    tensors by name
+        state.json                                  step, cursor, counters, fingerprints, configuration
+        manifest.json                               bytes and SHA-256 of each file; written last
+
+A save writes into a hidden temporary directory, syncs files and directory, and renames once. "Latest" is the newest
+directory that verifies: there is no pointer file. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+
+FORMAT = 1
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every: int = 0
+    """Steps between checkpoints; 0 saves only at the end and when stopped."""
+    keep: int = 2
+    """Newest checkpoints to keep; the one of the lowest validation loss is kept besides."""
+
+
+class Damaged(Exception):
+    """A checkpoint that does not verify; the text names file and reason."""
+
+
+def save(parent: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> Path:
+    """Write a checkpoint of `step`: a .safetensors file for each entry of `tensors`, and `state` as JSON.
+
+    Raises OSError (full disk, read-only directory) with nothing changed but a temporary directory removed.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    final = parent / f"step-{step:08d}"
+    temporary = parent / f".tmp-{final.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        files = {f"{name}.safetensors": write_tensors(temporary / f"{name}.safetensors", group) for name, group in tensors.items()}
+        files["state.json"] = _write(temporary / "state.json", [json.dumps(state, indent=1).encode()])
+        manifest = dict(format=FORMAT, step=step, val_loss=state.get("val_loss"), files=files)
+        _write(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+        _sync_directory(temporary)
+        if final.exists():  # a damaged one of the same step; a good one is not saved again
+            _remove(final)
+        temporary.rename(final)
+        _sync_directory(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write a safetensors file, hashing on the way; returns its entry of the manifest."""
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def parts():
+        yield len(text).to_bytes(8, "little") + text
+        for tensor in tensors.values():
+            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+            if flat.numel():
+                yield memoryview(flat.view(torch.uint8).numpy())
+
+    return _write(path, parts())
+
+
+def _write(path: Path, parts) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb", buffering=0) as file:
+        for part in parts:
+            digest.update(part)
+            view = memoryview(part)
+            while view:  # a short write goes on where it stopped; a full disk raises
+                written = file.write(view[: 1 << 26])
+                view, size = view[written:], size + written
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that a kill half-way leaves nothing that looks like one."""
+    hidden = path.with_name(f".old-{path.name}-{os.getpid()}")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def clean(parent: Path) -> None:
+    """Remove what a killed save or removal left behind; only the owner of the run may call it."""
+    for leftover in (*parent.glob(".tmp-step-*"), *parent.glob(".old-step-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def directories(parent: Path) -> list[Path]:
+    """Checkpoint directories, oldest first, verified or not."""
+    return sorted(p for p in parent.glob("step-*") if p.name.removeprefix("step-").isdigit())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest; Damaged where it is missing, unreadable or of another format."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        if manifest["format"] != FORMAT:
+            raise Damaged(f"{path / 'manifest.json'}: format {manifest['format']}, this version reads {FORMAT}")
+        if not {"model.safetensors", "state.json"} <= manifest["files"].keys():
+            raise Damaged(f"{path / 'manifest.json'}: does not list model.safetensors and state.json")
+        return manifest
+    except FileNotFoundError:
+        raise Damaged(f"{path / 'manifest.json'}: missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path / 'manifest.json'}: cannot be read ({type(error).__name__}: {error})") from None
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check sizes and SHA-256 of every file; returns the manifest, or raises Damaged naming the first bad file."""
+    manifest = read_manifest(path)
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if Path(name).name != name:
+            raise Damaged(f"{path / 'manifest.json'}: names a file outside the checkpoint: {name!r}")
+        try:
+            size = file.stat().st_size
+            if size != entry["bytes"]:
+                raise Damaged(f"{file}: {size} bytes, the manifest says {entry['bytes']} (truncated?)")
+            with file.open("rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != entry["sha256"]:
+                    raise Damaged(f"{file}: its SHA-256 is not the manifest's {entry['sha256'][:12]}... (a bit flipped?)")
+        except OSError as error:
+            raise Damaged(f"{file}: {error.strerror}") from None
+    return manifest
+
+
+def latest(parent: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies, or None; each damaged one passed over is told to `say`."""
+    for path in reversed(directories(parent)):
+        try:
+            verify(path)
+            return path
+        except Damaged as damage:
+            say(f"damaged checkpoint passed over: {damage}")
+    return None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state.json of a verified checkpoint."""
+    return json.loads((path / "state.json").read_bytes())
+
+
+def load_tensors(path: Path, targets: dict[str, torch.Tensor]) -> None:
+    """Copy a safetensors file into `targets` of the same names, shapes and dtypes, a tensor at a time.
+
+    Raises ValueError naming the file and the first tensor that is missing, unknown, or of another shape or dtype.
+    """
+    with _open(path) as file:
+        names = set(file.keys())
+        for problem, which in (("missing", targets.keys() - names), ("unknown", names - targets.keys())):
+            if which:
+                raise ValueError(f"{path}: tensor {min(which)!r} is {problem}: the checkpoint is of another model or optimizer")
+        for name, target in targets.items():
+            held = file.get_tensor(name)
+            if held.shape != target.shape or held.dtype != target.dtype:
+                raise ValueError(
+                    f"{path}: tensor {name!r} is {tuple(held.shape)} {held.dtype}, expected {tuple(target.shape)} {target.dtype}"
+                )
+            with torch.no_grad():
+                target.copy_(held)
+
+
+def _open(path: Path):
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: no readable safetensors file ({error})") from None
+
+
+def retain(parent: Path, keep: int) -> Iterator[Path]:
+    """Remove all but the newest `keep` checkpoints and the best; yields what it removes.
+
+    The newest is verified first: where it is damaged nothing is removed, so the only good one never goes.
+    """
+    paths = directories(parent)
+    spare = paths[: -max(1, keep)]
+    if not spare:
+        return
+    try:
+        verify(paths[-1])
+    except Damaged:
+        return
+    losses = {}
+    for path in paths:
+        try:
+            loss = read_manifest(path)["val_loss"]
+        except Damaged:
+            continue
+        if isinstance(loss, (int, float)):
+            losses[path] = loss
+    best = min(losses, key=losses.get) if losses else None
+    for path in spare:
+        if path != best:
+            yield path
+            _remove(path)
+
+
+def fingerprint(tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> str:
+    """SHA-256 of a complete training state, for comparing runs: names, shapes, bits, and the state's JSON."""
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+    for group, members in sorted(tensors.items()):
+        for name, tensor in sorted(members.items()):
+            digest.update(f"{group}/{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8))
+    return digest.hexdigest()

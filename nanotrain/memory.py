@@ -1,0 +1,176 @@
+"""The memory plan: what a training step will need, before it runs; what is there; and what it took.
+
+Activations are counted, not modelled: the forward runs on tensors without storage and every tensor that the backward
+would keep is added up, so the plan follows whatever the model does (recompute, biases, dropout).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nanotrain.kernels import token_loss
+from nanotrain.model.transformer import Dropout, ModelConfig, Transformer, parameter_count
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one process."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations_per_row: int
+    """Kept for the backward, for each row of a micro-batch."""
+    workspace: int
+    """The head's chunk of logits and its weight gradient in fp32."""
+    rows: int
+    """Rows of the micro-batch planned for."""
+    available: int
+    """What the device or machine has left."""
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the micro-batch."""
+        return self.parameters + self.gradients + self.optimizer + self.workspace
+
+    @property
+    def total(self) -> int:
+        """The peak expected of a step."""
+        return self.fixed + self.rows * self.activations_per_row
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Rows that fit, with a tenth of the memory left free; 0 where not even one does."""
+        return max(0, int((0.9 * self.available - self.fixed) // max(1, self.activations_per_row)))
+
+
+def plan(c: ModelConfig, *, dtype: torch.dtype, length: int, rows: int, accumulate: int, muon: bool, device: torch.device) -> MemoryPlan:
+    """Plan for a resolved config, micro-batches of `rows` rows of `length` tokens, `accumulate` of them to a step."""
+    count = parameter_count(c)
+    hidden = c.layers * _block_matrices(c) if muon else 0
+    wide = 8 if dtype == torch.float64 else 4
+    masters = count * wide if dtype.itemsize < wide else 0
+    moments = hidden * wide + (count - hidden) * 2 * wide
+    gradients = count * (dtype.itemsize + (wide if accumulate > 1 else 0))
+    workspace = 3 * max(token_loss._CHUNK, 16 * c.vocab_size) * wide + c.vocab_size * c.width * wide
+    one, two = (activation_bytes(c, dtype=dtype, length=length, rows=n) for n in (1, 2))
+    return MemoryPlan(count * dtype.itemsize, gradients, masters + moments, two - one, workspace, rows, available_memory(device))
+
+
+def _block_matrices(c: ModelConfig) -> int:
+    attention = 2 * c.width * c.head_dim * (c.heads + c.kv_heads)
+    return attention + c.width * c.ffn_width * (2 if c.activation == "gelu" else 3)
+
+
+def activation_bytes(c: ModelConfig, *, dtype: torch.dtype, length: int, rows: int) -> int:
+    """Bytes that the backward of one micro-batch keeps from the forward, beyond parameters."""
+    kept: dict[int, int] = {}
+    default = torch.get_default_dtype()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        try:
+            torch.set_default_dtype(dtype)
+            model = Transformer(c)
+        finally:
+            torch.set_default_dtype(default)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        holders = []
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+                holders.append(storage)  # its address must not be used again
+            return tensor
+
+        tokens = torch.zeros(rows, length, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = model(tokens, tokens, dropout=Dropout(0, tokens) if c.dropout or c.embedding_dropout else None, max_position=length)
+            model.head(hidden, tokens, token_weight_N=torch.zeros(rows * length))
+    return sum(kept.values())
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes of the GPU, or of the machine within the limit its container sets."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _meminfo("MemAvailable")
+    for limit_file, used_file in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            limit, used = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit_file, used_file))
+            free = min(free, max(0, limit - used))
+        except (OSError, ValueError):
+            continue
+    return free
+
+
+def _meminfo(key: str) -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks instead of returning each to the system, which zeroes their pages anew.
+
+    A training step frees and takes the same activations over and over. Where there is no glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1  # malloc.h
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
+
+
+class PeakMemory:
+    """Peak memory since this was made: the allocator's on a GPU, the process's resident growth on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.base = _resident()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def bytes(self) -> int:
+        """The peak so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.base
+
+
+def _resident() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError  # the loop returns
+
+
+def out_of_memory_advice(plan: MemoryPlan, *, micro_batch: int, accumulate: int, recompute: str) -> str:
+    """The next rung of the ladder after an out-of-memory error, with its flags."""
+    rungs = []
+    if recompute != "full":
+        rungs.append(f"--model.recompute={'selective' if recompute == 'none' else 'full'}")
+    if micro_batch > 1:
+        smaller = max(d for d in range(1, micro_batch) if micro_batch % d == 0)
+        rungs.append(f"--train.micro_batch={smaller} --train.accumulate={accumulate * (micro_batch // smaller)} (the same step)")
+    rungs.append("--train.length shorter, --optim.name=muon (one moment instead of two), or a smaller --model.preset")
+    return f"out of memory (plan: {format_bytes(plan.total)} of {format_bytes(plan.available)} free); next: " + "; then ".join(rungs)

@@ -1,0 +1,174 @@
+"""The run folder: who owns it, what it holds, what is logged, and how a run is asked to stop.
+
+    config.toml  reruns the run        env.json      versions, machine, git
+    metrics.jsonl  a row per step      events.jsonl  what happened besides      log.txt  the console's lines
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import torch
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lies and how it computes."""
+
+    dir: str = ""
+    """Run folder; empty makes runs/<stage>-<date>-<time>."""
+    seed: int = 0
+    """Seed of initial weights, data order and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    log_every: int = 1
+    """Steps between rows of metrics.jsonl and console lines."""
+    deterministic: bool = False
+    """On a GPU, use only kernels whose bits repeat, so that a resumed run equals an undisturbed one; on a CPU they always do."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for `--run.device`; ValueError where it is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--run.device cuda: this machine has no usable NVIDIA GPU; use --run.device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Run:
+    """An owned run folder. Use as a context manager: it holds the folder's lock and the signal handlers while inside.
+
+    Raises ValueError, naming the owner, where another process holds the folder.
+    """
+
+    def __init__(self, directory: str, stage: str):
+        self.path = Path(directory or f"runs/{stage}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.checkpoints = self.path / "checkpoints"
+        self.stop_signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Run:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            raise ValueError(f"--run.dir {self.path}: in use by {owner}; stop that run or choose another folder") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        self._lock.flush()
+        self._log = (self.path / "log.txt").open("a")
+        self._events = (self.path / "events.jsonl").open("a")
+        self._metrics: TextIO | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if isinstance(error, Exception):
+            self.event("error", error=f"{kind.__name__}: {error}")
+        for file in (self._metrics, self._events, self._log, self._lock):
+            if file is not None:
+                file.close()
+
+    def _on_signal(self, number: int, frame) -> None:
+        if self.stop_signal is not None:
+            os._exit(128 + number)
+        self.stop_signal = number
+        os.write(2, f"\nnanotrain: {signal.Signals(number).name}: finishing this step and saving; once more exits now\n".encode())
+
+    def say(self, line: str) -> None:
+        """One line to the console and log.txt."""
+        print(line, flush=True)
+        self._log.write(line + "\n")
+        self._log.flush()
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """A row of events.jsonl."""
+        self._events.write(json.dumps({"time": round(time.time(), 3), "event": kind} | facts) + "\n")
+        self._events.flush()
+
+    def record(self, config_toml: str) -> None:
+        """Write config.toml and env.json."""
+        replace_text(self.path / "config.toml", config_toml)
+        replace_text(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
+
+    def open_metrics(self, step: int) -> None:
+        """Continue metrics.jsonl after `step`: later rows and a torn last line are dropped, once."""
+        path = self.path / "metrics.jsonl"
+        kept = b""
+        if path.exists():
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    row = json.loads(line)
+                    good = line.endswith(b"\n") and row["step"] <= step
+                except (ValueError, KeyError, TypeError):
+                    good = False
+                kept += line if good else b""
+            if kept != path.read_bytes():
+                temporary = path.with_name(".metrics.jsonl.tmp")
+                temporary.write_bytes(kept)
+                temporary.replace(path)
+        self._metrics = path.open("a")
+
+    def metric(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl; a number that is not finite becomes null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._metrics.write(json.dumps(clean) + "\n")
+        self._metrics.flush()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and the state of the source tree, for env.json. Holds no environment variables."""
+    packages = {}
+    for name in ("torch", "triton", "numpy", "sentencepiece", "safetensors", "nanotrain"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    facts: dict[str, Any] = dict(
+        python=sys.version.split()[0], system=platform.platform(), processor=processor_name(), cores=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(), memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), packages=packages,
+        gpu=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    )  # fmt: skip
+    root = Path(__file__).resolve().parent.parent
+    if (root / ".git").exists():
+        for key, command in (("git_commit", ["rev-parse", "HEAD"]), ("git_diff", ["diff", "HEAD"])):
+            try:
+                done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10, errors="replace")
+                facts[key] = done.stdout.strip()[:200_000] if done.returncode == 0 else None
+            except (OSError, subprocess.TimeoutExpired):
+                facts[key] = None
+    return facts
+
+
+def processor_name() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
