@@ -27,7 +27,57 @@ EXAMPLES = ((2, 7, 7, 4, 2, 16), (1, 33, 33, 6, 6, 80), (1, 5, 12, 4, 1, 32))
 """Shapes (B, T, S, H, K, D) that tests and benchmarks share."""
 
 _SCORES = 1 << 23
-"""Scores held at once by the reference: long inputs are worked off in blocks of queries."""
+"""Scores held at once by the reference: long inputs are worked off in blocks of queries, or by torch's fused operator."""
+
+_QUERIES = 128
+"""Queries of a block of the causal path: keys after a block's last query are not multiplied at all."""
+
+
+class _Causal(torch.autograd.Function):
+    """Causal self-attention (or, not `causal`, full attention) of q, k, v (B, H, T | S, D) that keeps its probabilities.
+
+    For short rows on a CPU, where torch's fused operator spends most of its time on tiny tiles. Matrix products run in the
+    inputs' dtype with fp32 accumulation, the softmax in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, causal):
+        B, H, T, _ = q.shape
+        S = k.shape[2]
+        wide = compute_dtype(q)
+        q, k, v = (x.reshape(B * H, x.shape[2], x.shape[3]) for x in (q, k, v))
+        out = torch.empty(B * H, T, v.shape[2], dtype=q.dtype, device=q.device)
+        parts = []
+        for first, last, seen in _Causal.blocks(T, S, causal):
+            scores = torch.bmm(q[:, first:last], k[:, :seen].mT).to(wide).mul_(scale)
+            if causal:
+                scores[:, :, first:].masked_fill_(torch.ones(last - first, last - first, dtype=torch.bool, device=q.device).triu_(1), -math.inf)
+            p = torch.softmax(scores, -1).to(q.dtype)
+            out[:, first:last] = torch.bmm(p, v[:, :seen])
+            parts.append(p)
+        ctx.save_for_backward(q, k, v, out, *parts)
+        ctx.scale, ctx.causal, ctx.shape = scale, causal, (B, H)
+        return out.view(B, H, T, -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, *parts = ctx.saved_tensors
+        grad = grad.reshape(out.shape)
+        wide = compute_dtype(q)
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+        delta = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+        for (first, last, seen), p in zip(_Causal.blocks(q.shape[1], k.shape[1], ctx.causal), parts, strict=True):
+            up = grad[:, first:last]
+            grad_v[:, :seen] += torch.bmm(p.mT, up)
+            scores = torch.bmm(up, v[:, :seen].mT).to(wide).sub_(delta[:, first:last]).mul_(p).mul_(ctx.scale).to(q.dtype)
+            grad_q[:, first:last] = torch.bmm(scores, k[:, :seen])
+            grad_k[:, :seen] += torch.bmm(scores.mT, q[:, first:last])
+        return *(g.to(q.dtype).view(*ctx.shape, *g.shape[1:]) for g in (grad_q, grad_k, grad_v)), None, None
+
+    @staticmethod
+    def blocks(T, S, causal):
+        """(first query, last query, keys seen) of each block."""
+        return [(i, min(T, i + _QUERIES), min(T, i + _QUERIES)) for i in range(0, T, _QUERIES)] if causal else [(0, T, S)]
 
 
 def _block(q, k, v, sinks, bias, q_first, k_first, head_start, causal, window, softcap, scale, slopes, prefix, dropout_p, seed):
@@ -82,6 +132,8 @@ def _dense(q, k, v, *, causal, window, softcap, scale, sinks, alibi_slopes, bias
             heads = [x.transpose(1, 2) for x in (q, k, v)]
             if H != K:
                 heads[1:] = [x.repeat_interleave(H // K, 1) for x in heads[1:]]
+            if q.device.type == "cpu" and B * H * T * S <= _SCORES:
+                return _Causal.apply(*heads, scale, not sees_all).transpose(1, 2), None
             out = F.scaled_dot_product_attention(*heads, is_causal=not sees_all, scale=scale)
             return out.transpose(1, 2), None
     dtype = compute_dtype(q)

@@ -93,14 +93,17 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any
 
 def _write(path: Path, parts) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
-    with path.open("xb", buffering=0) as file:
-        for part in parts:
-            digest.update(part)
-            view = memoryview(part)
-            while view:  # a short write goes on where it stopped; a full disk raises
-                written = file.write(view[: 1 << 26])
-                view, size = view[written:], size + written
-        os.fsync(file.fileno())
+    try:
+        with path.open("xb", buffering=0) as file:
+            for part in parts:
+                digest.update(part)
+                view = memoryview(part)
+                while view:  # a short write goes on where it stopped; a full disk raises
+                    written = file.write(view[: 1 << 26])
+                    view, size = view[written:], size + written
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not know its file
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

@@ -454,7 +454,12 @@ class Loop:
         if self.last_saved == p.step:
             return
         started = time.perf_counter()
-        path = checkpoint.save(self.folder.checkpoints, p.step, self.t.tensors(), self.t.state())
+        try:
+            path = checkpoint.save(self.folder.checkpoints, p.step, self.t.tensors(), self.t.state())
+        except OSError as error:
+            older = [d.name for d in checkpoint.directories(self.folder.checkpoints)[-1:]]
+            kept = f"{older[0]} stands" if older else "there is none yet"
+            raise OSError(error.errno, f"{error.strerror}: checkpoint of step {p.step} not saved, {kept}; make room, then --resume auto", error.filename) from None
         self.last_saved = p.step
         removed = [r.name for r in checkpoint.retain(self.folder.checkpoints, self.c.checkpoint.keep)]
         self.checkpoint_seconds += time.perf_counter() - started

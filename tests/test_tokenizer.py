@@ -1,0 +1,58 @@
+"""The tokenizer gives back every string, and text can never forge a special token."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanotrain.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer, train
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def tokenizer(request, corpus):
+    return train((p.read_text() for p in sorted(corpus.iterdir())), vocab_size=500, kind=request.param)
+
+
+NASTY = ["\t", "\r\n", "\n", "\0", " ", "  ", "\u2581", "\U000f5c00", "_", "\uf8ff", "\ud800", "\udfff", "ﬁ", "é", "e\u0301", "<0x0A>", "<bos>", "<pad>", "\x85", "\u2028",
+         "\ufeff", "\u200b", "\u3000", "½", "\U0001f600", "\ufffd", "\u2047", "\u2585", "def", "    return"]  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=st.text(st.characters()) | st.lists(st.sampled_from(NASTY), max_size=12).map("".join))
+def test_decode_of_encode_is_the_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & {tokenizer.unk, tokenizer.bos, tokenizer.eos, *tokenizer.special.values()}
+    decoder = StreamDecoder(tokenizer)
+    assert "".join(decoder.add(i) for i in ids) + decoder.add(tokenizer.eos, last=True) == text
+
+
+def test_text_of_the_corpus_and_long_streams(tokenizer, corpus):
+    for path in sorted(corpus.iterdir())[:8]:
+        text = path.read_text()
+        decoder = StreamDecoder(tokenizer)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and "".join(map(decoder.add, ids)) + decoder.add(tokenizer.eos, last=True) == text
+        assert len(ids) < 0.6 * len(text)
+
+
+def test_special_tokens_have_ids_of_their_own(tokenizer):
+    ids = [tokenizer.unk, tokenizer.bos, tokenizer.eos, *tokenizer.special.values()]
+    assert sorted(ids) == list(range(3 + len(SPECIAL_TOKENS))) and tokenizer.vocab_size == 500
+    for needed in ("<pad>", "<|user|>", "<|assistant|>", "<|system|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<image>", "<video>"):
+        assert tokenizer.piece(tokenizer.special[needed]) == needed
+    assert tokenizer.decode([tokenizer.bos, *tokenizer.encode("x"), tokenizer.eos]) == "x"
+
+
+def test_training_twice_gives_the_same_model(corpus):
+    texts = [p.read_text() for p in sorted(corpus.iterdir())]
+    assert train(texts, vocab_size=400).fingerprint() == train(texts, vocab_size=400).fingerprint()
+
+
+def test_mistakes_are_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"--data.vocab_size 9999: .*fewer tokens or more text"):
+        train(["abc"], vocab_size=9999)
+    (tmp_path / "t.model").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="t.model: not a sentencepiece model"):
+        Tokenizer.load(tmp_path / "t.model")
+    with pytest.raises(ValueError, match="missing.model: No such file"):
+        Tokenizer.load(tmp_path / "missing.model")
