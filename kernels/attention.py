@@ -33,6 +33,10 @@ _QUERIES = 128
 """Queries of a block of the causal path: keys after a block's last query are not multiplied at all."""
 
 
+_GRAIN = 64
+"""Packed documents are padded to multiples of this many tokens where a mask hides the padding."""
+
+
 class _Causal(torch.autograd.Function):
     """Causal self-attention (or, not `causal`, full attention) of q, k, v (B, H, T | S, D) that keeps its probabilities.
 
@@ -178,22 +182,27 @@ def flash_attention_reference(
         lengths_q = cu_seqlens.diff().tolist()
         lengths_k = lengths_q if cu_seqlens_k is None else cu_seqlens_k.diff().tolist()
         q, k, v = q_BTHD[0].split(lengths_q), k_BSKD[0].split(lengths_k), v_BSKD[0].split(lengths_k)
+        # Under a causal mask a document may be padded at its end: no query of its own sees that. Few lengths make few, full batches.
+        grain = _GRAIN if causal and cu_seqlens_k is None and q_start is None and prefix_len is None and bias is None else 1
         groups: dict[tuple[int, int], list[int]] = {}
-        for document, shape in enumerate(zip(lengths_q, lengths_k, strict=True)):
-            groups.setdefault(shape, []).append(document)
+        for document, (t, s) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+            groups.setdefault((-(-t // grain) * grain, -(-s // grain) * grain), []).append(document)
         outs, lses = [None] * len(lengths_q), [None] * len(lengths_q)
 
         def pick(value, documents):  # per-document values, where one was given
             return value[documents] if isinstance(value, torch.Tensor) and value.dim() else value
 
+        def stack(parts, documents, length):
+            return torch.stack([F.pad(parts[d], (0, 0, 0, 0, 0, length - len(parts[d]))) if len(parts[d]) < length else parts[d] for d in documents])
+
         for (t, s), documents in groups.items():
             slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[documents]
-            out, lse = _dense(*(torch.stack([x[d] for d in documents]) for x in (q, k, v)), alibi_slopes=slopes,
+            out, lse = _dense(stack(q, documents, t), stack(k, documents, s), stack(v, documents, s), alibi_slopes=slopes,
                               bias=None if bias is None else bias[..., :t, :s], prefix_len=pick(prefix_len, documents),
                               seed=pick(seed, documents), **common)  # fmt: skip
             for index, document in enumerate(documents):
-                outs[document] = out[index]
-                lses[document] = None if lse is None else lse[index]
+                outs[document] = out[index, : lengths_q[document]]
+                lses[document] = None if lse is None else lse[index, :, : lengths_q[document]]
         out = torch.cat(outs)[None]
         lse = torch.cat(lses, -1)[None] if return_lse else None
     out = out.to(q_BTHD.dtype)

@@ -6,7 +6,6 @@ would keep is added up, so the plan follows whatever the model does (recompute, 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 from dataclasses import dataclass
@@ -118,18 +117,6 @@ def _meminfo(key: str) -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks instead of returning each to the system, which zeroes their pages anew.
-
-    A training step frees and takes the same activations over and over. Where there is no glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mmap_threshold, trim_threshold = -3, -1  # malloc.h
-        mallopt(mmap_threshold, 1 << 30)
-        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 class PeakMemory:

@@ -31,7 +31,7 @@ class Batch:
     counters_BT: torch.Tensor
     """(1, N) int64: index of each token in the whole run, which dropout draws from."""
     rows: torch.Tensor | None
-    """Indices of the counted labels, None on a GPU (masked there, so that the host need not wait)."""
+    """Indices of the counted labels; None where masking the others is as well: on a GPU, and where they are few."""
     counted: int
     """Labels that count."""
     max_position: int
@@ -102,5 +102,5 @@ class Loader:
 
         return Batch(
             tensor(tokens.reshape(1, -1)), tensor(labels), tensor(positions[None]), tensor(cu_seqlens, torch.int32),
-            tensor(counters.reshape(1, -1)), tensor(counted) if on_host else None, len(counted), int(lengths.max()),
+            tensor(counters.reshape(1, -1)), tensor(counted) if on_host and len(counted) < 0.9 * labels.size else None, len(counted), int(lengths.max()),
         )  # fmt: skip

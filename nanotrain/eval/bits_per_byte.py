@@ -8,7 +8,9 @@ Each document is scored from its own start: the first window holds its first `le
 
 from __future__ import annotations
 
+import lzma
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -91,3 +93,13 @@ def _score_windows(model, windows: list[tuple[np.ndarray, int]], device: torch.d
     cu_seqlens = torch.from_numpy(starts.astype(np.int32)).to(device)
     hidden = model(tokens, positions, cu_seqlens=cu_seqlens, max_position=max(lengths))
     return float(model.head(hidden, labels, rows=rows.to(device))[0].double().sum())
+
+
+def compressed_bits_per_byte(texts: list[bytes]) -> dict[str, float]:
+    """What general compressors reach on the same documents: each alone with zlib and xz, and xz over all of them at once."""
+    total = max(1, sum(map(len, texts)))
+    return {
+        "zlib -9, each document": 8 * sum(len(zlib.compress(t, 9)) for t in texts) / total,
+        "xz -9, each document": 8 * sum(len(lzma.compress(t, preset=9)) for t in texts) / total,
+        "xz -9, all documents at once": 8 * len(lzma.compress(b"".join(texts), preset=9)) / total,
+    }

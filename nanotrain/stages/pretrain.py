@@ -233,7 +233,6 @@ def run(config: Config, given: frozenset[str] = frozenset()) -> int:
     if device.type == "cuda" and config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it by this name only
         torch.use_deterministic_algorithms(True)
-    memory.keep_freed_memory()
     with Run(config.run.dir, "pretrain") as folder:
         checkpoint.clean(folder.checkpoints)
         existing = checkpoint.directories(folder.checkpoints)

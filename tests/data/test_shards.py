@@ -98,7 +98,8 @@ def test_an_epoch_shows_each_row_once_with_labels_inside_documents(tmp_path):
             assert batch.counters_BT[0, part].tolist() == list(range(8 * (cursor + row), 8 * (cursor + row) + 8))
             starts = [int(s) - 8 * row for s in batch.cu_seqlens if 8 * row <= s < 8 * row + 8]
             assert starts == [0, *(i for i in range(1, 8) if document_of[at[i]] != document_of[at[i - 1]])]
-        assert batch.counted == (batch.labels_BT != -100).sum() and batch.rows.tolist() == (batch.labels_BT[0] != -100).nonzero()[:, 0].tolist()
+        counted = (batch.labels_BT[0] != -100).nonzero()[:, 0].tolist()
+        assert batch.counted == len(counted) and (batch.rows.tolist() == counted if len(counted) < 0.9 * 16 else batch.rows is None)
         assert batch.max_position == batch.positions_BT.max() + 1
     assert len(set(seen)) == len(seen)
 

@@ -1,0 +1,1 @@
+"""One runnable file per question; `python -m benchmarks.NAME --help` says which."""

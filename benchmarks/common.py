@@ -1,0 +1,52 @@
+"""What the benchmarks share: timing, interleaving, and where results go."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nanotrain.run import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Seconds of each call, the candidates taking turns, so that a slow moment of the machine hits all of them."""
+    for _ in range(warm_up):
+        for call in candidates.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            started = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def ratio(times: dict[str, list[float]], ours: str, theirs: str) -> float:
+    """How many times faster ours is: the median over rounds of theirs / ours."""
+    return statistics.median(t / o for o, t in zip(times[ours], times[theirs], strict=True))
+
+
+def write_rows(name: str, rows: list[dict]) -> Path:
+    """Write rows to results/<machine>/<name>.csv, each with the machine, versions and commit."""
+    facts = environment()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    machine = facts["gpu"][0].replace(" ", "-") if facts["gpu"] else "cpu"
+    stamp = dict(machine=facts["gpu"][0] if facts["gpu"] else facts["processor"], cores=facts["cores"], threads=torch.get_num_threads(),
+                 python=sys.version.split()[0], torch=torch.__version__, commit=commit)  # fmt: skip
+    path = RESULTS / machine / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *stamp])
+        writer.writeheader()
+        writer.writerows(row | stamp for row in rows)
+    return path

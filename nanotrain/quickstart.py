@@ -1,0 +1,94 @@
+"""quickstart: prepare, pretrain and sample on this machine's own Python, with nothing to download.
+
+    nanotrain quickstart
+    nanotrain quickstart --train.seconds=60 --run.dir=runs/short
+    nanotrain quickstart --data.source='notes/**/*.md' --data.dir=data/notes --data.vocab_size=2048
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from nanotrain import config as configs
+from nanotrain.checkpoint import CheckpointConfig
+from nanotrain.data.shards import TokenShards
+from nanotrain.eval.bits_per_byte import compressed_bits_per_byte
+from nanotrain.model.generate import SamplingConfig
+from nanotrain.model.transformer import ModelConfig
+from nanotrain.optim import OptimConfig
+from nanotrain.run import RunConfig, choose_device, processor_name
+from nanotrain.stages import prepare, pretrain, sample
+from nanotrain.stages.prepare import SourceConfig
+from nanotrain.stages.pretrain import DataConfig, ParallelConfig, TrainConfig
+from nanotrain.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    """Keys of `nanotrain quickstart`: those of prepare and pretrain."""
+
+    prompt: str = "def read_lines(path):\n    "
+    """What the sample at the end writes on from."""
+    data: SourceConfig = field(default_factory=SourceConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=500))
+    run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    c, given = configs.parse(Config, argv, command="quickstart")
+    device = choose_device(c.run.device)
+    if not (c.train.steps or c.train.tokens or c.train.seconds):
+        c = replace(c, train=replace(c.train, seconds=300.0 if device.type == "cpu" else 30.0))
+    directory = c.run.dir or _free("runs/quickstart")
+    training = pretrain.Config(
+        model=c.model, data=DataConfig(dir=c.data.dir), train=c.train, optim=c.optim, checkpoint=c.checkpoint, run=replace(c.run, dir=directory), parallel=c.parallel
+    )
+    pretrain.check(training)
+    started = time.monotonic()
+    prepare.run(prepare.Config(c.data))
+    prepared = time.monotonic() - started
+    code = pretrain.run(training, given)
+    summary = json.loads((Path(directory) / "summary.json").read_text())
+    if code or summary["val_bpb"] is None:
+        return code
+    model, tokenizer = sample.load_run(directory, device, print)
+    write_table(c, directory, summary, tokenizer, prepared=prepared, total=time.monotonic() - started)
+    print(f"\nsample from {c.prompt!r}:\n\n{c.prompt}", end="")
+    stop = frozenset([tokenizer.eos])
+    sample.stream(model, tokenizer, c.prompt, SamplingConfig(max_tokens=120), stop=stop, write=lambda text: print(text.encode(errors="replace").decode(), end="", flush=True))
+    print(f"\n\nThe run lies in {directory}. Write on with:  nanotrain sample --run.dir={directory} --prompt='class '")
+    return 0
+
+
+def write_table(c: Config, directory: str, summary: dict, tokenizer: Tokenizer, *, prepared: float, total: float) -> None:
+    """Print what was reached beside what general compressors reach on the same held-out text, and keep it in quickstart.json."""
+    shards = TokenShards(c.data.dir, "val", verify=False)
+    texts = [tokenizer.decode(shards.document(n)).encode("utf-8", "surrogatepass") for n in range(len(shards.document_starts))]
+    facts = shards.index["facts"]
+    rows = {"this model": summary["val_bpb"], **compressed_bits_per_byte(texts)}
+    print(f"\n{facts['source']}, corpus {facts['corpus_sha256'][:16]}; {len(texts)} held-out documents, {shards.bytes:,} bytes; {processor_name()}")
+    print(f"prepared in {prepared:.0f} s, trained {summary['seconds']:.0f} s on {summary['tokens']:,} tokens in {summary['step']:,} steps, {total:.0f} s in all\n")
+    print(f"  {'held-out text':34} bits per byte\n  {'-' * 34} -------------")
+    for name, value in rows.items():
+        print(f"  {name:34} {value:13.3f}")
+    facts = {f.name: str(getattr(c.train, f.name)) for f in fields(c.train) if f.name in ("seconds", "steps", "tokens")} | facts
+    record = dict(bits_per_byte=rows, python=sys.version.split()[0], processor=processor_name(), facts=facts, summary=summary)
+    (Path(directory) / "quickstart.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _free(base: str) -> str:
+    """`base`, or with the first number that makes it a new folder."""
+    number, path = 1, Path(base)
+    while path.exists():
+        number += 1
+        path = Path(f"{base}-{number}")
+    return str(path)
