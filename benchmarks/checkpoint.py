@@ -61,9 +61,22 @@ def main() -> None:
     rows = []
     for what, times in (("save", saves), ("load", loads)):
         medians = {n: statistics.median(t) for n, t in times.items()}
-        rows.append(dict(what=what, bytes=size, ours_s=round(medians["ours"], 4), torch_s=round(medians["torch"], 4), ratio=round(ratio(times, "ours", "torch"), 3)))
-        print(f"{what}: ours {medians['ours']:.2f} s ({size / medians['ours'] / 1e9:.2f} GB/s, hashed), torch {medians['torch']:.2f} s; ratio {rows[-1]['ratio']:.2f}")
-    both = statistics.median((ts + tl) / (os_ + ol) for os_, ts, ol, tl in zip(saves["ours"], saves["torch"], loads["ours"], loads["torch"], strict=True))
+        rows.append(
+            dict(
+                what=what,
+                bytes=size,
+                ours_s=round(medians["ours"], 4),
+                torch_s=round(medians["torch"], 4),
+                ratio=round(ratio(times, "ours", "torch"), 3),
+            )
+        )
+        print(
+            f"{what}: ours {medians['ours']:.2f} s ({size / medians['ours'] / 1e9:.2f} GB/s, hashed), torch {medians['torch']:.2f} s;"
+            f" ratio {rows[-1]['ratio']:.2f}"
+        )
+    both = statistics.median(
+        (ts + tl) / (os_ + ol) for os_, ts, ol, tl in zip(saves["ours"], saves["torch"], loads["ours"], loads["torch"], strict=True)
+    )
     rows.append(dict(what="save and load", bytes=size, ours_s="", torch_s="", ratio=round(both, 3)))
     print(f"save and load together: ratio {both:.2f}\nwrote {write_rows('checkpoint', rows)}")
 

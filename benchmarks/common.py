@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nanotrain.run import environment
+from nanotrain.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

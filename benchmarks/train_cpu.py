@@ -53,7 +53,9 @@ class PlainLoop:
             a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1)
             x = x + F.linear(a, w[p + "attention.o_proj.weight"])
             h = F.rms_norm(x, (c.width,), w[p + "mlp_norm.weight"], c.norm_eps)
-            x = x + F.linear(F.silu(F.linear(h, w[p + "mlp.gate_proj.weight"])) * F.linear(h, w[p + "mlp.up_proj.weight"]), w[p + "mlp.down_proj.weight"])
+            x = x + F.linear(
+                F.silu(F.linear(h, w[p + "mlp.gate_proj.weight"])) * F.linear(h, w[p + "mlp.up_proj.weight"]), w[p + "mlp.down_proj.weight"]
+            )
         return F.linear(F.rms_norm(x, (c.width,), w["head.norm.weight"], c.norm_eps), w["embed.weight"])
 
     def step(self):
@@ -96,9 +98,16 @@ def main() -> None:
     c = training.c
     tokens = c.train.micro_batch * c.train.length
     rows = []
-    print(f"{c.model.preset}, {c.train.micro_batch} x {c.train.length} tokens a step, {torch.get_num_threads()} threads; medians of {arguments.rounds} interleaved steps")
+    print(
+        f"{c.model.preset}, {c.train.micro_batch} x {c.train.length} tokens a step, {torch.get_num_threads()} threads;"
+        f" medians of {arguments.rounds} interleaved steps"
+    )
     for dtype in (torch.bfloat16, torch.float32):
-        plain, ours, muon = PlainLoop(training.model, dtype, training.loader, c.train.micro_batch), Ours(training, dtype, "adamw"), Ours(training, dtype, "muon")
+        plain, ours, muon = (
+            PlainLoop(training.model, dtype, training.loader, c.train.micro_batch),
+            Ours(training, dtype, "adamw"),
+            Ours(training, dtype, "muon"),
+        )
         first = (plain.step(), ours.step())
         if abs(first[0] - first[1]) > 0.02 * first[0]:
             raise SystemExit(f"the two loops differ: first losses {first}; nothing is reported")
@@ -107,14 +116,17 @@ def main() -> None:
         row = dict(dtype=str(dtype).removeprefix("torch."), plain_tokens_per_s=round(rate["plain"]), ours_tokens_per_s=round(rate["ours"]),
                    ratio=round(ratio(times, "ours", "plain"), 3), ours_muon_tokens_per_s=round(rate["ours, muon"]))  # fmt: skip
         rows.append(row)
-        print(f"  {row['dtype']:9} plain loop {rate['plain']:8,.0f} tok/s   ours, AdamW {rate['ours']:8,.0f} tok/s   ratio {row['ratio']:.2f}   ours, Muon {rate['ours, muon']:8,.0f} tok/s")
+        print(
+            f"  {row['dtype']:9} plain loop {rate['plain']:8,.0f} tok/s   ours, AdamW {rate['ours']:8,.0f} tok/s   ratio {row['ratio']:.2f}"
+            f"   ours, Muon {rate['ours, muon']:8,.0f} tok/s"
+        )
     print(f"wrote {write_rows('train_cpu', rows)}")
     print(f"wrote {write_rows('engine_cpu', [engine(training, arguments.rounds)])}")
 
 
 def engine(training: Training, rounds: int) -> dict:
     """Share of a step that is not the step itself, from a real run of the loop with every line timed."""
-    spent = {"step": 0.0, "log": 0.0}
+    spent = {"step": 0.0, "log": 0.0, "announce": 0.0}
     c = replace(training.c, train=replace(training.c.train, steps=4 * rounds, val_every=0))
 
     def timed(name, function):
@@ -132,7 +144,7 @@ def engine(training: Training, rounds: int) -> dict:
         fresh = Training(c, torch.device("cpu"))
         folder.open_metrics(0)
         loop = Loop(fresh, folder)
-        loop.log, loop.finish = timed("log", loop.log), lambda *a: 0
+        loop.log, loop.announce, loop.finish = timed("log", loop.log), timed("announce", loop.announce), lambda *a: 0
         original, waited = pretrain.step, 0.0
         pretrain.step = timed("step", lambda *a: [r if i else r.clone() for i, r in enumerate(original(*a))])
         folder.say = lambda line: None
@@ -151,10 +163,11 @@ def engine(training: Training, rounds: int) -> dict:
             loop.run()
         finally:
             pretrain.step = original
-        total = time.perf_counter() - started - loop.announce_seconds
+        total = time.perf_counter() - started - spent["announce"]
     tokens = fresh.progress.tokens
     row = dict(
-        steps=fresh.progress.step, overhead_percent=round(100 * (total - spent["step"]) / total, 2), logging_percent=round(100 * spent["log"] / total, 3),
+        steps=fresh.progress.step, overhead_percent=round(100 * (total - spent["step"]) / total, 2),
+        logging_percent=round(100 * spent["log"] / total, 3),
         data_wait_percent=round(100 * waited / total, 3), loader_over_model=round((tokens / waited) / (tokens / spent["step"]), 1),
         loader_tokens_per_s=round(tokens / waited),
     )  # fmt: skip

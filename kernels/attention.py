@@ -18,10 +18,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-
 from nanotrain.kernels.random import philox
 from nanotrain.kernels.runtime import choose, compute_dtype
+from torch.utils.checkpoint import checkpoint
 
 EXAMPLES = ((2, 7, 7, 4, 2, 16), (1, 33, 33, 6, 6, 80), (1, 5, 12, 4, 1, 32))
 """Shapes (B, T, S, H, K, D) that tests and benchmarks share."""
@@ -122,7 +121,9 @@ def _block(q, k, v, sinks, bias, q_first, k_first, head_start, causal, window, s
     return probabilities @ v, lse
 
 
-def _dense(q, k, v, *, causal, window, softcap, scale, sinks, alibi_slopes, bias, prefix_len, q_start, k_start, head_start, dropout_p, seed, return_lse):
+def _dense(
+    q, k, v, *, causal, window, softcap, scale, sinks, alibi_slopes, bias, prefix_len, q_start, k_start, head_start, dropout_p, seed, return_lse
+):
     """Attention over a rectangular batch: torch's fused kernel where it can say it, else blocks of queries."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
@@ -157,7 +158,7 @@ def _dense(q, k, v, *, causal, window, softcap, scale, sinks, alibi_slopes, bias
         block_bias = None if bias is None else bias[..., first:last, low:high].to(dtype)
         arguments = (q[:, :, first:last], k[:, :, low:high], v[:, :, low:high], None if sinks is None else sinks.to(dtype), block_bias,
                      q_start + first, k_start + low, head_start, causal, window, softcap, scale, slopes, prefix_len, dropout_p, seed)  # fmt: skip
-        if torch.is_grad_enabled() and T > step:
+        if torch.is_grad_enabled() and step < T:
             out, lse = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             out, lse = _block(*arguments)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from nanotrain.kernels.runtime import choose, compute_dtype
 
 EXAMPLES = ((8, 64), (3, 80), (1, 1), (5, 257))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from nanotrain.kernels.runtime import choose, compute_dtype
 
 EXAMPLES = ((8, 64), (3, 80), (1, 16), (5, 257))
@@ -66,9 +65,7 @@ def _check(op, x, weight, bias, residual):
     if bias is not None and bias.shape != weight.shape:
         raise ValueError(f"{op}: bias {tuple(bias.shape)} does not match weight {tuple(weight.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"{op}: residual {tuple(residual.shape)} {residual.dtype} does not match x {tuple(x.shape)} {x.dtype}"
-        )
+        raise ValueError(f"{op}: residual {tuple(residual.shape)} {residual.dtype} does not match x {tuple(x.shape)} {x.dtype}")
 
 
 def rms_norm(x, weight, eps=1e-6, *, residual=None, offset=0.0, impl="auto"):

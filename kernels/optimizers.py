@@ -11,7 +11,6 @@ Source: Loshchilov and Hutter 2019 (arXiv 1711.05101).
 from __future__ import annotations
 
 import torch
-
 from nanotrain.kernels.random import stochastic_round
 from nanotrain.kernels.runtime import choose, compute_dtype
 

@@ -11,7 +11,6 @@ Source: Su et al. 2021 (arXiv 2104.09864). Frequency scaling is done by the call
 from __future__ import annotations
 
 import torch
-
 from nanotrain.kernels.runtime import choose, compute_dtype
 
 EXAMPLES = ((2, 7, 4, 2, 16), (1, 33, 6, 6, 80))

@@ -12,7 +12,6 @@ Sources: chunking as in Wijmans et al. 2024 (arXiv 2411.09009) and Hsu et al. 20
 from __future__ import annotations
 
 import torch
-
 from nanotrain.kernels.runtime import choose, compute_dtype
 
 EXAMPLES = ((6, 16, 50), (33, 8, 131), (1, 4, 3))
@@ -252,9 +251,7 @@ def cross_entropy(logits_NV, labels_N, *, ignore_index=-100, label_smoothing=0.0
     if logits_NV.dim() != 2 or labels_N.shape != logits_NV.shape[:1] or labels_N.dtype != torch.int64:
         raise ValueError(f"cross_entropy: logits {tuple(logits_NV.shape)} and labels {tuple(labels_N.shape)} {labels_N.dtype} do not fit")
     choose("cross_entropy", impl, logits_NV, labels_N)
-    return cross_entropy_reference(
-        logits_NV, labels_N, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap
-    )
+    return cross_entropy_reference(logits_NV, labels_N, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
 
 
 def cost(shape, dtype, *, weighted=True) -> tuple[int, int]:

@@ -196,9 +196,7 @@ def load_tensors(path: Path, targets: dict[str, torch.Tensor]) -> None:
         for name, target in targets.items():
             held = file.get_tensor(name)
             if held.shape != target.shape or held.dtype != target.dtype:
-                raise ValueError(
-                    f"{path}: tensor {name!r} is {tuple(held.shape)} {held.dtype}, expected {tuple(target.shape)} {target.dtype}"
-                )
+                raise ValueError(f"{path}: tensor {name!r} is {tuple(held.shape)} {held.dtype}, expected {tuple(target.shape)} {target.dtype}")
             with torch.no_grad():
                 target.copy_(held)
 

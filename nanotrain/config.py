@@ -138,7 +138,14 @@ def help_text(config_class: type, command: str) -> str:
     """Every key with its type, default, unit and one line."""
     module = inspect.getmodule(config_class)
     summary = (module.__doc__ or "").strip()
-    lines = [f"usage: nanotrain {command} [--config FILE] [--section.key=value ...]", "", summary, "", "  --config FILE", "      TOML file of the keys below."]
+    lines = [
+        f"usage: nanotrain {command} [--config FILE] [--section.key=value ...]",
+        "",
+        summary,
+        "",
+        "  --config FILE",
+        "      TOML file of the keys below.",
+    ]
     _help_section(config_class, "", lines)
     return "\n".join(lines)
 

@@ -34,6 +34,13 @@ class MemoryPlan:
     available: int
     """What the device or machine has left."""
 
+    def __str__(self) -> str:
+        kept = self.rows * self.activations_per_row
+        parts = dict(parameters=self.parameters, gradients=self.gradients, optimizer=self.optimizer, activations=kept, head=self.workspace)
+        terms = " + ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+        free = format_bytes(self.available)
+        return f"plan {format_bytes(self.total)} = {terms}; {free} free; largest micro-batch {self.largest_micro_batch:,} rows"
+
     @property
     def fixed(self) -> int:
         """What does not depend on the micro-batch."""
@@ -149,6 +156,11 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError  # the loop returns
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def out_of_memory_advice(plan: MemoryPlan, *, micro_batch: int, accumulate: int, recompute: str) -> str:

@@ -1,8 +1,8 @@
 """quickstart: prepare, pretrain and sample on this machine's own Python, with nothing to download.
 
-    nanotrain quickstart
-    nanotrain quickstart --train.seconds=60 --run.dir=runs/short
-    nanotrain quickstart --data.source='notes/**/*.md' --data.dir=data/notes --data.vocab_size=2048
+nanotrain quickstart
+nanotrain quickstart --train.seconds=60 --run.dir=runs/short
+nanotrain quickstart --data.source='notes/**/*.md' --data.dir=data/notes --data.vocab_size=2048
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 from nanotrain import config as configs
 from nanotrain.checkpoint import CheckpointConfig
 from nanotrain.data.shards import TokenShards
+from nanotrain.environment import processor_name
 from nanotrain.eval.bits_per_byte import compressed_bits_per_byte
 from nanotrain.model.generate import SamplingConfig
 from nanotrain.model.transformer import ModelConfig
 from nanotrain.optim import OptimConfig
-from nanotrain.run import RunConfig, choose_device, processor_name
+from nanotrain.run import RunConfig, choose_device
 from nanotrain.stages import prepare, pretrain, sample
 from nanotrain.stages.prepare import SourceConfig
 from nanotrain.stages.pretrain import DataConfig, ParallelConfig, TrainConfig
@@ -50,7 +51,13 @@ def main(argv: list[str]) -> int:
         c = replace(c, train=replace(c.train, seconds=300.0 if device.type == "cpu" else 30.0))
     directory = c.run.dir or _free("runs/quickstart")
     training = pretrain.Config(
-        model=c.model, data=DataConfig(dir=c.data.dir), train=c.train, optim=c.optim, checkpoint=c.checkpoint, run=replace(c.run, dir=directory), parallel=c.parallel
+        model=c.model,
+        data=DataConfig(dir=c.data.dir),
+        train=c.train,
+        optim=c.optim,
+        checkpoint=c.checkpoint,
+        run=replace(c.run, dir=directory),
+        parallel=c.parallel,
     )
     pretrain.check(training)
     started = time.monotonic()
@@ -64,7 +71,14 @@ def main(argv: list[str]) -> int:
     write_table(c, directory, summary, tokenizer, prepared=prepared, total=time.monotonic() - started)
     print(f"\nsample from {c.prompt!r}:\n\n{c.prompt}", end="")
     stop = frozenset([tokenizer.eos])
-    sample.stream(model, tokenizer, c.prompt, SamplingConfig(max_tokens=120), stop=stop, write=lambda text: print(text.encode(errors="replace").decode(), end="", flush=True))
+    sample.stream(
+        model,
+        tokenizer,
+        c.prompt,
+        SamplingConfig(max_tokens=120),
+        stop=stop,
+        write=lambda text: print(text.encode(errors="replace").decode(), end="", flush=True),
+    )
     print(f"\n\nThe run lies in {directory}. Write on with:  nanotrain sample --run.dir={directory} --prompt='class '")
     return 0
 
@@ -76,7 +90,10 @@ def write_table(c: Config, directory: str, summary: dict, tokenizer: Tokenizer, 
     facts = shards.index["facts"]
     rows = {"this model": summary["val_bpb"], **compressed_bits_per_byte(texts)}
     print(f"\n{facts['source']}, corpus {facts['corpus_sha256'][:16]}; {len(texts)} held-out documents, {shards.bytes:,} bytes; {processor_name()}")
-    print(f"prepared in {prepared:.0f} s, trained {summary['seconds']:.0f} s on {summary['tokens']:,} tokens in {summary['step']:,} steps, {total:.0f} s in all\n")
+    print(
+        f"prepared in {prepared:.0f} s, trained {summary['seconds']:.0f} s on {summary['tokens']:,} tokens in {summary['step']:,} steps,"
+        f" {total:.0f} s in all\n"
+    )
     print(f"  {'held-out text':34} bits per byte\n  {'-' * 34} -------------")
     for name, value in rows.items():
         print(f"  {name:34} {value:13.3f}")

@@ -1,7 +1,7 @@
 """The run folder: who owns it, what it holds, what is logged, and how a run is asked to stop.
 
-    config.toml  reruns the run        env.json      versions, machine, git
-    metrics.jsonl  a row per step      events.jsonl  what happened besides      log.txt  the console's lines
+config.toml  reruns the run        env.json      versions, machine, git
+metrics.jsonl  a row per step      events.jsonl  what happened besides      log.txt  the console's lines
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import math
 import os
 import platform
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import torch
+
+from nanotrain.environment import environment
 
 
 @dataclass(frozen=True)
@@ -139,36 +138,3 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and the state of the source tree, for env.json. Holds no environment variables."""
-    packages = {}
-    for name in ("torch", "triton", "numpy", "sentencepiece", "safetensors", "nanotrain"):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = None
-    facts: dict[str, Any] = dict(
-        python=sys.version.split()[0], system=platform.platform(), processor=processor_name(), cores=len(os.sched_getaffinity(0)),
-        threads=torch.get_num_threads(), memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), packages=packages,
-        gpu=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    )  # fmt: skip
-    root = Path(__file__).resolve().parent.parent
-    if (root / ".git").exists():
-        for key, command in (("git_commit", ["rev-parse", "HEAD"]), ("git_diff", ["diff", "HEAD"])):
-            try:
-                done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10, errors="replace")
-                facts[key] = done.stdout.strip()[:200_000] if done.returncode == 0 else None
-            except (OSError, subprocess.TimeoutExpired):
-                facts[key] = None
-    return facts
-
-
-def processor_name() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

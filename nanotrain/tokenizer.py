@@ -124,7 +124,9 @@ def train(texts: Iterable[str], *, vocab_size: int, kind: str = "bpe", cores: in
         )  # fmt: skip
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"--data.vocab_size {vocab_size}: sentencepiece cannot train on this text; use fewer tokens or more text ({reason})") from None
+        raise ValueError(
+            f"--data.vocab_size {vocab_size}: sentencepiece cannot train on this text; use fewer tokens or more text ({reason})"
+        ) from None
     return Tokenizer(out.getvalue())
 
 

@@ -12,8 +12,34 @@ import pytest
 
 from nanotrain.__main__ import main
 
-MODULES = ("abc", "ast", "bisect", "calendar", "cmd", "code", "colorsys", "configparser", "contextlib", "copy", "csv", "dis", "fractions", "getopt",
-           "glob", "heapq", "inspect", "keyword", "linecache", "nturl2path", "numbers", "opcode", "pprint", "queue", "quopri", "random")  # fmt: skip
+MODULES = (
+    "abc",
+    "ast",
+    "bisect",
+    "calendar",
+    "cmd",
+    "code",
+    "colorsys",
+    "configparser",
+    "contextlib",
+    "copy",
+    "csv",
+    "dis",
+    "fractions",
+    "getopt",
+    "glob",
+    "heapq",
+    "inspect",
+    "keyword",
+    "linecache",
+    "nturl2path",
+    "numbers",
+    "opcode",
+    "pprint",
+    "queue",
+    "quopri",
+    "random",
+)
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +55,23 @@ def corpus(tmp_path_factory) -> Path:
 def data(corpus, tmp_path_factory) -> Path:
     """The corpus prepared: a vocabulary of 512 tokens, about 150 thousand of them."""
     directory = tmp_path_factory.mktemp("prepared") / "data"
-    assert main(["prepare", f"--data.source={corpus}", f"--data.dir={directory}", "--data.vocab_size=512", "--data.cores=1", "--data.val_share=0.2"]) == 0
+    assert (
+        main(["prepare", f"--data.source={corpus}", f"--data.dir={directory}", "--data.vocab_size=512", "--data.cores=1", "--data.val_share=0.2"])
+        == 0
+    )
     return directory
 
 
-TINY = ("--model.width=32", "--model.layers=2", "--model.heads=2", "--train.length=32", "--train.micro_batch=2", "--train.dtype=float32", "--train.val_every=0",
-        "--run.device=cpu")  # fmt: skip
+TINY = (
+    "--model.width=32",
+    "--model.layers=2",
+    "--model.heads=2",
+    "--train.length=32",
+    "--train.micro_batch=2",
+    "--train.dtype=float32",
+    "--train.val_every=0",
+    "--run.device=cpu",
+)
 """Flags of a model small enough for any test."""
 
 
@@ -44,8 +81,12 @@ def nanotrain():
 
     def call(*arguments, timeout=120, **options):
         return subprocess.run(
-            [sys.executable, "-m", "nanotrain", *map(str, arguments)], capture_output=True, text=True, timeout=timeout,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, **options,
-        )  # fmt: skip
+            [sys.executable, "-m", "nanotrain", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            **options,
+        )
 
     return call

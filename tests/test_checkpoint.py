@@ -21,9 +21,15 @@ def tensors(step=0):
     g = torch.Generator().manual_seed(step)
     return {
         "model": {"a": torch.randn(40, 3, generator=g), "b.c": torch.randn(5, generator=g).bfloat16(), "empty": torch.empty(0, 4)},
-        "optimizer": {"steps": torch.tensor(float(step)), "strided": torch.randn(4, 6, generator=g).T, "flag": torch.tensor([True, False]),
-                      "i": torch.arange(3), "d": torch.randn(2, generator=g).double(), "h": torch.randn(2, generator=g).half()},
-    }  # fmt: skip
+        "optimizer": {
+            "steps": torch.tensor(float(step)),
+            "strided": torch.randn(4, 6, generator=g).T,
+            "flag": torch.tensor([True, False]),
+            "i": torch.arange(3),
+            "d": torch.randn(2, generator=g).double(),
+            "h": torch.randn(2, generator=g).half(),
+        },
+    }
 
 
 def save(parent, step, **state):
@@ -104,10 +110,12 @@ def test_an_unknown_dtype_in_a_header_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "targets,message",
     [
-        ({"a": torch.zeros(2), "z": torch.zeros(1)}, "tensor 'z' is missing"), ({}, "tensor 'a' is unknown"),
-        ({"a": torch.zeros(3)}, r"'a' is \(2,\) torch.float32, expected \(3,\)"), ({"a": torch.zeros(2).half()}, "expected .* torch.float16"),
+        ({"a": torch.zeros(2), "z": torch.zeros(1)}, "tensor 'z' is missing"),
+        ({}, "tensor 'a' is unknown"),
+        ({"a": torch.zeros(3)}, r"'a' is \(2,\) torch.float32, expected \(3,\)"),
+        ({"a": torch.zeros(2).half()}, "expected .* torch.float16"),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit_are_named(tmp_path, targets, message):
     path = checkpoint.save(tmp_path, 1, {"model": {"a": torch.zeros(2)}}, {})
     with pytest.raises(ValueError, match=message):
@@ -189,7 +197,9 @@ def test_killed_at_every_fsync_rename_and_unlink_of_a_save(tmp_path):
 
 
 @strace
-@pytest.mark.parametrize("fault,message", [("fsync:error=EIO:when=1", "Input/output error"), ("fsync:error=ENOSPC:when=4", "No space left on device")])
+@pytest.mark.parametrize(
+    "fault,message", [("fsync:error=EIO:when=1", "Input/output error"), ("fsync:error=ENOSPC:when=4", "No space left on device")]
+)
 def test_a_failing_disk_raises_and_leaves_the_older_one(tmp_path, fault, message):
     save(tmp_path / "c", 1)
     failed = run_saver(tmp_path / "c", "-e", "trace=fsync", "-e", f"inject={fault}", "-o", os.devnull)

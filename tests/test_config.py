@@ -57,11 +57,19 @@ def test_command_line_beats_file_whatever_the_order(tmp_path):
 
 @given(
     st.builds(
-        Whole, resume=st.text(st.characters(exclude_categories=["Cs"])),
-        train=st.builds(Section, rate=st.floats(allow_nan=False), count=st.integers(-(10**12), 10**12), on=st.booleans(), kind=st.sampled_from("ab"),
-                        names=st.lists(st.text(st.characters(exclude_categories=["Cs"]))).map(tuple), limit=st.none() | st.integers()),
+        Whole,
+        resume=st.text(st.characters(exclude_categories=["Cs"])),
+        train=st.builds(
+            Section,
+            rate=st.floats(allow_nan=False),
+            count=st.integers(-(10**12), 10**12),
+            on=st.booleans(),
+            kind=st.sampled_from("ab"),
+            names=st.lists(st.text(st.characters(exclude_categories=["Cs"]))).map(tuple),
+            limit=st.none() | st.integers(),
+        ),
     )
-)  # fmt: skip
+)
 def test_toml_gives_back_every_config(tmp_path_factory, value):
     file = tmp_path_factory.getbasetemp() / "round.toml"
     file.write_bytes(config.write_toml(value).encode())
@@ -89,8 +97,12 @@ def test_mistakes_are_one_line(argv, message):
 
 def test_mistakes_in_a_file_name_file_and_key(tmp_path):
     file = tmp_path / "c.toml"
-    for text, message in (("[train]\nrat = 1", f"{file}: train.rat: unknown key; did you mean --train.rate?"), ("[train]\ncount = 'x'", f"{file}: train.count: 'x' is not INT"),
-                          ("[train", "not valid TOML"), ("[train]\non = 1", "true|false")):  # fmt: skip
+    for text, message in (
+        ("[train]\nrat = 1", f"{file}: train.rat: unknown key; did you mean --train.rate?"),
+        ("[train]\ncount = 'x'", f"{file}: train.count: 'x' is not INT"),
+        ("[train", "not valid TOML"),
+        ("[train]\non = 1", "true|false"),
+    ):
         file.write_text(text)
         with pytest.raises(ValueError) as caught:
             parse("--config", str(file))
@@ -116,4 +128,7 @@ def test_help_of_every_stage_lists_every_key_with_default_and_doc(stage, capsys)
 def test_unknown_stage_and_unknown_key_exit_with_two(capsys):
     assert main(["fly"]) == 2 and main(["pretrain", "--trian.steps=3"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["nanotrain fly: fly: no such stage; one of " + ", ".join(STAGES), "nanotrain pretrain: --trian.steps: unknown key; did you mean --train.steps?"]
+    assert lines == [
+        "nanotrain fly: fly: no such stage; one of " + ", ".join(STAGES),
+        "nanotrain pretrain: --trian.steps: unknown key; did you mean --train.steps?",
+    ]

@@ -31,7 +31,7 @@ def rank(module: str) -> str:
         return "entry"
     if room in ("kernels", "model", "parallel", "stages"):
         return room
-    if room in ("optim", "losses", "memory"):
+    if room in ("optim", "losses", "memory", "stability"):
         return "model"
     if room in ("data", "eval", "quant", "checkpoint", "run"):
         return "services"

@@ -59,8 +59,11 @@ def snapshot(model, optimizer):
 
 def test_muon_takes_hidden_matrices_one_by_one_and_adamw_the_rest():
     _, optimizer = make()
-    assert set(optimizer.muon) == {f"blocks.{i}.{n}.weight" for i in range(2) for n in
-                                   ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}  # fmt: skip
+    assert set(optimizer.muon) == {
+        f"blocks.{i}.{n}.weight"
+        for i in range(2)
+        for n in ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    }
     assert {"embed.weight", "head.weight", "head.norm.weight", "blocks.0.mlp.up_proj.bias"} <= set(optimizer.adamw)
     assert make(name="adamw")[1].muon == []
 

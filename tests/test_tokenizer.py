@@ -12,8 +12,38 @@ def tokenizer(request, corpus):
     return train((p.read_text() for p in sorted(corpus.iterdir())), vocab_size=500, kind=request.param)
 
 
-NASTY = ["\t", "\r\n", "\n", "\0", " ", "  ", "\u2581", "\U000f5c00", "_", "\uf8ff", "\ud800", "\udfff", "ﬁ", "é", "e\u0301", "<0x0A>", "<bos>", "<pad>", "\x85", "\u2028",
-         "\ufeff", "\u200b", "\u3000", "½", "\U0001f600", "\ufffd", "\u2047", "\u2585", "def", "    return"]  # fmt: skip
+NASTY = [
+    "\t",
+    "\r\n",
+    "\n",
+    "\0",
+    " ",
+    "  ",
+    "\u2581",
+    "\U000f5c00",
+    "_",
+    "\uf8ff",
+    "\ud800",
+    "\udfff",
+    "ﬁ",
+    "é",
+    "e\u0301",
+    "<0x0A>",
+    "<bos>",
+    "<pad>",
+    "\x85",
+    "\u2028",
+    "\ufeff",
+    "\u200b",
+    "\u3000",
+    "½",
+    "\U0001f600",
+    "\ufffd",
+    "\u2047",
+    "\u2585",
+    "def",
+    "    return",
+]
 
 
 @settings(max_examples=400, deadline=None)

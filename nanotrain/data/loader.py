@@ -102,5 +102,6 @@ class Loader:
 
         return Batch(
             tensor(tokens.reshape(1, -1)), tensor(labels), tensor(positions[None]), tensor(cu_seqlens, torch.int32),
-            tensor(counters.reshape(1, -1)), tensor(counted) if on_host and len(counted) < 0.9 * labels.size else None, len(counted), int(lengths.max()),
+            tensor(counters.reshape(1, -1)), tensor(counted) if on_host and len(counted) < 0.9 * labels.size else None,
+            len(counted), int(lengths.max()),
         )  # fmt: skip

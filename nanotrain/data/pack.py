@@ -18,6 +18,7 @@ from nanotrain.tokenizer import Tokenizer
 _BATCH = 1 << 18
 """Characters sent to a worker at once."""
 
+
 def is_validation(document: Document, share: float) -> bool:
     """Whether the hash of the document (of its twins' group) puts it into the validation split."""
     return int.from_bytes(document.split_key[:8], "big") < share * 2**64

@@ -65,9 +65,7 @@ class ShardWriter:
         path = self.directory / f"{self._name}.npy"
         table = np.array(self._boundaries, dtype=np.int64).reshape(-1, 2)
         np.save(path, table, allow_pickle=False)
-        self.shards.append(
-            Shard(self._name, self._tokens, len(table), int(table[:, 1].sum()), self._hash.hexdigest(), file_sha256(path))
-        )
+        self.shards.append(Shard(self._name, self._tokens, len(table), int(table[:, 1].sum()), self._hash.hexdigest(), file_sha256(path)))
 
     def close(self) -> list[Shard]:
         """Finish the last shard; returns all of them."""

@@ -77,7 +77,9 @@ def expand(source: str) -> list[Path]:
         else:
             matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not matches:
-            raise ValueError(f"--data.source {pattern}: no such file, glob or directory with {' '.join(SUFFIXES)}; the word `python` is the built-in text")
+            raise ValueError(
+                f"--data.source {pattern}: no such file, glob or directory with {' '.join(SUFFIXES)}; the word `python` is the built-in text"
+            )
         for match in matches:
             if not match.name.endswith(SUFFIXES):
                 raise ValueError(f"--data.source {match}: unknown kind of file; one of {' '.join(SUFFIXES)}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -423,8 +423,3 @@ def initial_value(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> to
 def parameter_count(c: ModelConfig) -> int:
     """Parameters of a resolved config, a tied matrix counted once."""
     return sum(p.numel() for p in meta_model(c).parameters())
-
-
-def config_keys() -> tuple[str, ...]:
-    """Names of ModelConfig's keys."""
-    return tuple(f.name for f in fields(ModelConfig))

@@ -1,8 +1,8 @@
 """prepare: text in, a lossless tokenizer and packed token shards out.
 
-    nanotrain prepare --data.dir=data/python
-    nanotrain prepare --data.source='docs/**/*.md,corpus.jsonl.gz' --data.dir=data/mine --data.vocab_size=8192
-    nanotrain prepare --data.source=more.txt --data.tokenizer=data/mine/tokenizer.model --data.dir=data/more
+nanotrain prepare --data.dir=data/python
+nanotrain prepare --data.source='docs/**/*.md,corpus.jsonl.gz' --data.dir=data/mine --data.vocab_size=8192
+nanotrain prepare --data.source=more.txt --data.tokenizer=data/mine/tokenizer.model --data.dir=data/more
 """
 
 from __future__ import annotations

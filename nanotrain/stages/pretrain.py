@@ -1,8 +1,8 @@
 """pretrain: train a language model to predict the next token.
 
-    nanotrain pretrain --data.dir=data/python --train.steps=1000 --run.dir=runs/first
-    nanotrain pretrain --data.dir=data/python --train.steps=1000 --run.dir=runs/first --resume auto
-    nanotrain pretrain --data.dir=data/python --train.seconds=300 --model.preset=nano --checkpoint.every=500
+nanotrain pretrain --data.dir=data/python --train.steps=1000 --run.dir=runs/first
+nanotrain pretrain --data.dir=data/python --train.steps=1000 --run.dir=runs/first --resume auto
+nanotrain pretrain --data.dir=data/python --train.seconds=300 --model.preset=nano --checkpoint.every=500
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import json
 import math
 import os
 import shutil
-import statistics
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -24,11 +24,13 @@ from nanotrain import config as configs
 from nanotrain.checkpoint import CheckpointConfig
 from nanotrain.data.loader import Batch, Loader
 from nanotrain.data.shards import TokenShards, file_sha256
+from nanotrain.environment import peak_flops
 from nanotrain.eval import bits_per_byte
 from nanotrain.model.generate import SamplingConfig, generate
 from nanotrain.model.transformer import Dropout, ModelConfig, Transformer, build_model, parameter_count
 from nanotrain.optim import OptimConfig, Optimizer, StepResult, check_optim, schedule_factor
 from nanotrain.run import Run, RunConfig, choose_device
+from nanotrain.stability import WINDOW, make_deterministic, plateau, spiked
 from nanotrain.tokenizer import Tokenizer
 
 
@@ -138,7 +140,9 @@ def check(c: Config) -> None:
         raise ValueError("--resume auto: name the run with --run.dir")
     world = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's way of saying how many processes it started
     if world != 1 or c.parallel.dp != 1:
-        raise ValueError(f"--parallel.dp {c.parallel.dp} under {world} processes: this version trains on one process; start one, with --parallel.dp=1")
+        raise ValueError(
+            f"--parallel.dp {c.parallel.dp} under {world} processes: this version trains on one process; start one, with --parallel.dp=1"
+        )
     if c.model.positions == "learned" and t.length > c.model.context:
         raise ValueError(f"--train.length {t.length}: learned positions end at --model.context {c.model.context}")
     if c.run.log_every < 1:
@@ -164,6 +168,10 @@ class Training:
             raise ValueError(f"--model.vocab_size {c.model.vocab_size}: the tokenizer of {c.data.dir} has {self.shards.vocab_size} tokens")
         self.loader = Loader(self.shards, length=c.train.length, seed=c.run.seed, device=device)
         self.dtype = getattr(torch, c.train.dtype)
+        self.plan = memory.plan(
+            c.model, dtype=self.dtype, length=c.train.length, rows=c.train.micro_batch, accumulate=c.train.accumulate,
+            muon=c.optim.name == "muon", device=device,
+        )  # fmt: skip
         self.model = build_model(c.model, seed=c.run.seed, dtype=self.dtype, device=device)
         self.optimizer = Optimizer(self.model, c.optim)
         self.progress = Progress()
@@ -184,7 +192,7 @@ class Training:
         state = checkpoint.load_state(path)
         for key, flag in (("tokenizer_sha256", "--data.dir: the tokenizer"), ("data_sha256", "--data.dir: the data")):
             if state[key] != self.fingerprints[key]:
-                raise ValueError(f"{flag} changed since {path.name}: its fingerprint is {self.fingerprints[key][:16]}, the checkpoint's {state[key][:16]}; "
+                raise ValueError(f"{flag} changed since {path.name}: {self.fingerprints[key][:16]} here, {state[key][:16]} in the checkpoint; "
                                  "give the same data, or start anew in another --run.dir")  # fmt: skip
         mine = self.state()
         wanted = {f"--model.{k}": (v, mine["model"][k]) for k, v in state["model"].items() if k not in ("preset", "recompute")}
@@ -203,9 +211,7 @@ def step(model: Transformer, optimizer: Optimizer, batches: list[Batch], factor:
     denominator = sum(batch.counted for batch in batches)
     total = torch.zeros((), device=batches[0].tokens_BT.device)
     for batch in batches:
-        dropout = Dropout(seed, batch.counters_BT) if model.c.dropout or model.c.embedding_dropout else None
-        hidden = model(batch.tokens_BT, batch.positions_BT, cu_seqlens=batch.cu_seqlens, dropout=dropout, max_position=batch.max_position)
-        loss = losses.next_token(model.head, hidden, batch.labels_BT, denominator, rows=batch.rows)
+        loss = forward(model, batch, denominator, seed)
         (loss * optimizer.loss_scale).backward()
         if len(batches) > 1:
             optimizer.accumulate()
@@ -213,9 +219,11 @@ def step(model: Transformer, optimizer: Optimizer, batches: list[Batch], factor:
     return total, optimizer.step(factor, total)
 
 
-def spike(recent: list[float], loss: float, sigma: float) -> bool:
-    """Whether `loss` stands more than `sigma` standard deviations over the mean of the last 128, once there are so many."""
-    return sigma > 0 and len(recent) >= 128 and loss > statistics.fmean(recent) + sigma * max(statistics.pstdev(recent), 1e-3)
+def forward(model: Transformer, batch: Batch, denominator: int, seed: int) -> torch.Tensor:
+    """Summed loss of a micro-batch over the step's count of tokens."""
+    dropout = Dropout(seed, batch.counters_BT) if model.c.dropout or model.c.embedding_dropout else None
+    hidden = model(batch.tokens_BT, batch.positions_BT, cu_seqlens=batch.cu_seqlens, dropout=dropout, max_position=batch.max_position)
+    return losses.next_token(model.head, hidden, batch.labels_BT, denominator, rows=batch.rows)
 
 
 def main(argv: list[str]) -> int:
@@ -230,14 +238,13 @@ def run(config: Config, given: frozenset[str] = frozenset()) -> int:
     config = replace(config, model=model)
     check(config)
     device = choose_device(config.run.device)
-    if device.type == "cuda" and config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it by this name only
-        torch.use_deterministic_algorithms(True)
     with Run(config.run.dir, "pretrain") as folder:
         checkpoint.clean(folder.checkpoints)
         existing = checkpoint.directories(folder.checkpoints)
         if existing and config.resume == "none":
-            raise ValueError(f"--run.dir {folder.path}: holds a run already ({existing[-1].name}); add --resume auto to go on, or choose another folder")
+            raise ValueError(
+                f"--run.dir {folder.path}: holds a run already ({existing[-1].name}); add --resume auto to go on, or choose another folder"
+            )
         training = Training(config, device)
         config = training.c
         if not (folder.path / "tokenizer.model").exists():
@@ -250,7 +257,9 @@ def run(config: Config, given: frozenset[str] = frozenset()) -> int:
                 folder.say(f"pretrain: resumed from {path} (step {training.progress.step:,}, {training.progress.cursor:,} rows read)")
                 folder.event("resumed", checkpoint=path.name)
             elif existing:
-                raise ValueError(f"--resume auto: none of the {len(existing)} checkpoints in {folder.checkpoints} verifies; move them away to start anew")
+                raise ValueError(
+                    f"--resume auto: none of the {len(existing)} checkpoints in {folder.checkpoints} verifies; move them away to start anew"
+                )
         folder.open_metrics(training.progress.step)
         return Loop(training, folder).run()
 
@@ -262,6 +271,8 @@ class Loop:
         self.t, self.folder, self.c = training, folder, training.c
         self.rows = self.c.train.micro_batch * self.c.train.accumulate
         self.last_saved: int | None = None
+        self.step_seconds = 0.0
+        self.unlogged_steps, self.unlogged_seconds = 0, 0.0
         self.checkpoint_seconds = 0.0
         self.val: bits_per_byte.Score | None = None
 
@@ -272,14 +283,13 @@ class Loop:
         peak = memory.PeakMemory(t.device)
         reason = ""
         first = p.step
-        plan = self.plan
-        while not reason:
+        while True:
             p = t.progress
             if self.folder.stop_signal is not None:
                 reason = "stopped by a signal"
-                break
-            if self.share_done() >= 1:
+            elif self.share_done() >= 1:
                 reason = "budget used"
+            if reason:
                 break
             started = time.perf_counter()
             batches = [t.loader.batch(p.cursor + i * c.micro_batch, c.micro_batch) for i in range(c.accumulate)]
@@ -287,10 +297,10 @@ class Loop:
             factor = schedule_factor(self.c.optim, self.share_done(ahead=True)) * c.spike_lr**p.rollbacks
             try:
                 loss, result = step(t.model, t.optimizer, batches, factor, self.c.run.seed)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            except (MemoryError, RuntimeError) as error:
+                if not memory.is_out_of_memory(error):
                     raise
-                advice = memory.out_of_memory_advice(plan, micro_batch=c.micro_batch, accumulate=c.accumulate, recompute=self.c.model.recompute)
+                advice = memory.out_of_memory_advice(t.plan, micro_batch=c.micro_batch, accumulate=c.accumulate, recompute=self.c.model.recompute)
                 raise ValueError(f"step {p.step + 1}: {advice}") from None
             p.step += 1
             p.cursor += self.rows
@@ -298,24 +308,26 @@ class Loop:
             logged = p.step % self.c.run.log_every == 0 or p.step == 1
             if logged:
                 loss, norm, clipped, skipped = (float(x) for x in (loss, result.grad_norm, result.clipped, result.skipped))
-            seconds = time.perf_counter() - started
-            self.step_seconds = seconds
-            p.seconds += seconds
+            self.step_seconds = time.perf_counter() - started
+            p.seconds += self.step_seconds
+            self.unlogged_steps += 1
+            self.unlogged_seconds += self.step_seconds
             if logged:
                 if self.rolled_back(loss):
                     continue
                 p.skipped_in_a_row = p.skipped_in_a_row + 1 if skipped else 0
-                self.log(loss, factor, norm, clipped, skipped, seconds, waited, peak)
+                self.log(loss, factor, norm, clipped, skipped, waited, peak)
                 if skipped:
                     self.folder.event("skipped", step=p.step, loss=repr(loss), grad_norm=repr(norm))
                     if p.skipped_in_a_row >= c.max_skipped:
-                        raise ValueError(f"step {p.step}: {p.skipped_in_a_row} non-finite steps in a row; lower --optim.lr and --optim.muon_lr, or use --train.dtype=bfloat16")
+                        raise ValueError(f"step {p.step}: {p.skipped_in_a_row} non-finite steps in a row; lower --optim.lr and --optim.muon_lr")
                 else:
-                    p.recent_losses = [*p.recent_losses[-127:], loss]
-                    self.detect_plateau(loss)
+                    self.remember(loss)
             if p.step == first + 1:
-                self.folder.say(f"memory: {memory.format_bytes(peak.bytes())} at the peak of step {p.step}, {memory.format_bytes(plan.total)} planned")
-                self.folder.event("memory", measured_bytes=peak.bytes(), planned_bytes=plan.total)
+                self.folder.say(
+                    f"memory: {memory.format_bytes(peak.bytes())} at the peak of step {p.step}, {memory.format_bytes(t.plan.total)} planned"
+                )
+                self.folder.event("memory", measured_bytes=peak.bytes(), planned_bytes=t.plan.total)
             reason = self.between_steps()
         return self.finish(reason, peak)
 
@@ -326,7 +338,7 @@ class Loop:
             return (p.step + ahead) / c.steps
         if c.tokens:
             return (p.tokens + ahead * self.rows * c.length) / c.tokens
-        return (p.seconds + ahead * getattr(self, "step_seconds", 0.0)) / c.seconds
+        return (p.seconds + ahead * self.step_seconds) / c.seconds
 
     def announce(self) -> None:
         """Before step 0: model, data, batch, memory plan, and what linear scaling would suggest."""
@@ -335,31 +347,33 @@ class Loop:
         say(f"pretrain: {c.model.preset}, {count:,} parameters, {c.train.dtype} on {t.device}, run {self.folder.path}")
         say(f"pretrain: {t.shards.tokens:,} training tokens in {t.loader.rows:,} rows of {c.train.length}; {t.val_shards.tokens:,} held out")
         batch = self.rows * c.train.length
-        say(f"pretrain: {batch:,} tokens a step ({c.train.micro_batch} rows x {c.train.length} tokens x {c.train.accumulate} micro-batches), {c.optim.name}")
+        say(f"pretrain: {batch:,} tokens a step ({c.train.micro_batch} rows of {c.train.length}, {c.train.accumulate} times), {c.optim.name}")
         if batch != c.optim.tuned_batch:
             ratio = batch / c.optim.tuned_batch
-            say(f"pretrain: rates were tuned at {c.optim.tuned_batch:,} tokens a step; the linear scaling rule suggests --optim.lr={c.optim.lr * ratio:.3g}"
-                f" --optim.muon_lr={c.optim.muon_lr * ratio:.3g} --optim.tuned_batch={batch}")  # fmt: skip
-        self.plan = plan = memory.plan(
-            c.model, dtype=t.dtype, length=c.train.length, rows=c.train.micro_batch, accumulate=c.train.accumulate,
-            muon=c.optim.name == "muon", device=t.device,
-        )  # fmt: skip
-        size = memory.format_bytes
-        say(f"memory: plan {size(plan.total)} = parameters {size(plan.parameters)} + gradients {size(plan.gradients)} + optimizer {size(plan.optimizer)}"
-            f" + activations {size(plan.rows * plan.activations_per_row)} + head {size(plan.workspace)}; {size(plan.available)} free;"
-            f" largest micro-batch {plan.largest_micro_batch:,} rows")  # fmt: skip
+            say(
+                f"pretrain: rates were tuned at {c.optim.tuned_batch:,} tokens a step; the linear scaling rule suggests"
+                f" --optim.lr={c.optim.lr * ratio:.3g} --optim.muon_lr={c.optim.muon_lr * ratio:.3g} --optim.tuned_batch={batch}"
+            )
+        say(f"memory: {t.plan}")
+        if c.run.deterministic and t.device.type == "cuda":
+            batch = t.loader.batch(0, c.train.micro_batch)
+            cost = make_deterministic(lambda: torch.autograd.grad(forward(t.model, batch, batch.counted, 0), list(t.model.parameters())))
+            say(f"pretrain: deterministic kernels take {cost:.2f} times as long as the fastest")
         self.flops_per_token = 6 * count + 6 * c.model.layers * c.model.heads * c.model.head_dim * c.train.length
 
-    def log(self, loss, factor, norm, clipped, skipped, seconds, waited, peak) -> None:
+    def log(self, loss, factor, norm, clipped, skipped, waited, peak) -> None:
         """A row of metrics.jsonl and a line on the console."""
         c, p, t = self.c, self.t.progress, self.t
         tokens = self.rows * c.train.length
+        seconds = self.unlogged_seconds / self.unlogged_steps  # a GPU works on after a step that nobody read
+        self.unlogged_steps, self.unlogged_seconds = 0, 0.0
         rate = tokens / seconds
-        ceiling = _peak_flops(t.device)
+        ceiling = peak_flops(t.device)
         row = dict(
             step=p.step, loss=loss, lr=c.optim.lr * factor, grad_norm=norm, clipped=int(clipped), skipped=int(skipped), tokens=p.tokens,
             tokens_per_s=round(rate, 1), step_s=round(seconds, 6), data_s=round(waited, 6), checkpoint_s=round(self.checkpoint_seconds, 6),
-            mfu=round(rate * self.flops_per_token / ceiling, 4) if ceiling else None, peak_memory_bytes=peak.bytes(), epoch=round(p.cursor / t.loader.rows, 4),
+            mfu=round(rate * self.flops_per_token / ceiling, 4) if ceiling else None, peak_memory_bytes=peak.bytes(),
+            epoch=round(p.cursor / t.loader.rows, 4),
         )  # fmt: skip
         if t.optimizer.dynamic_scale:
             row["loss_scale"] = float(t.optimizer.loss_scale)
@@ -367,25 +381,27 @@ class Loop:
         self.folder.metric(row)
         if p.step <= 5 or p.step % max(10, c.run.log_every) == 0 or skipped:
             done = min(1.0, self.share_done())
-            left = p.seconds / done * (1 - done) if done else math.inf
+            left = timedelta(seconds=int(p.seconds / done * (1 - done)) if done else 0)
             note = "  SKIPPED: not finite" if skipped else ""
             mfu = f"  mfu {row['mfu']:.1%}" if ceiling else ""
             self.folder.say(
                 f"step {p.step:>6,}  loss {loss:7.4f}  lr {row['lr']:.2e}  norm {norm:6.2f}  {rate:>9,.0f} tok/s{mfu}"
-                f"  {memory.format_bytes(row['peak_memory_bytes'])}  {done:4.0%}  eta {_clock(left)}{note}"
+                f"  {memory.format_bytes(row['peak_memory_bytes'])}  {done:4.0%}  eta {left}{note}"
             )
 
     def rolled_back(self, loss: float) -> bool:
         """Where the loss spiked: back to the last good checkpoint, past the data that led here."""
         c, p = self.c.train, self.t.progress
-        if not math.isfinite(loss) or not spike(p.recent_losses, loss, c.spike_sigma):
+        if not math.isfinite(loss) or not spiked(p.recent_losses[-WINDOW:], loss, c.spike_sigma):
             return False
         path = checkpoint.latest(self.folder.checkpoints, self.folder.say)
         if path is None:
             self.folder.event("spike", step=p.step, loss=loss, action="none: no checkpoint yet")
             return False
         if p.rollbacks >= c.max_rollbacks:
-            raise ValueError(f"step {p.step}: loss {loss:.3f} spiked again after {p.rollbacks} roll-backs; lower --optim.lr and --optim.muon_lr, then --resume auto")
+            raise ValueError(
+                f"step {p.step}: loss {loss:.3f} spiked after {p.rollbacks} roll-backs; lower --optim.lr and --optim.muon_lr, then --resume auto"
+            )
         at, cursor, rollbacks, seconds, tokens = p.step, p.cursor, p.rollbacks, p.seconds, p.tokens
         self.t.load(path)
         p = self.t.progress
@@ -395,18 +411,14 @@ class Loop:
         self.folder.event("spike", step=at, loss=loss, action=f"rolled back to {path.name}", cursor=cursor)
         return True
 
-    def detect_plateau(self, loss: float) -> None:
-        """Report where the mean loss of the last steps hardly fell."""
+    def remember(self, loss: float) -> None:
+        """Keep the losses that spikes and plateaus are judged by; report a plateau."""
         n, p = self.c.train.plateau, self.t.progress
-        if not n:
-            return
-        self.window = [*getattr(self, "window", []), loss][-2 * n :]
-        if len(self.window) == 2 * n:
-            before, after = statistics.fmean(self.window[:n]), statistics.fmean(self.window[n:])
-            if after > before * 0.995:
-                self.folder.say(f"pretrain: plateau at step {p.step:,}: mean loss {after:.4f}, {before:.4f} over the {n} steps before")
-                self.folder.event("plateau", step=p.step, before=before, after=after)
-            self.window = []
+        p.recent_losses = [*p.recent_losses, loss][-max(WINDOW, 2 * n) :]
+        flat = plateau(p.recent_losses, n) if n and p.step % n == 0 else None
+        if flat:
+            self.folder.say(f"pretrain: plateau at step {p.step:,}: mean loss {flat[1]:.4f}, {flat[0]:.4f} over the {n} steps before")
+            self.folder.event("plateau", step=p.step, before=flat[0], after=flat[1])
 
     def between_steps(self) -> str:
         """Validation, samples and checkpoints that are due; returns why to stop, or nothing."""
@@ -436,7 +448,14 @@ class Loop:
         better = p.best_bpb is None or score.bits_per_byte < p.best_bpb
         p.best_bpb = score.bits_per_byte if better else p.best_bpb
         p.validations_since_best = 0 if better else p.validations_since_best + 1
-        row = dict(step=p.step, val_loss=score.nats_per_token, val_bpb=score.bits_per_byte, val_tokens=score.tokens, val_documents=score.documents, val_s=round(seconds, 3))
+        row = dict(
+            step=p.step,
+            val_loss=score.nats_per_token,
+            val_bpb=score.bits_per_byte,
+            val_tokens=score.tokens,
+            val_documents=score.documents,
+            val_s=round(seconds, 3),
+        )
         self.folder.metric(row)
         self.folder.say(f"step {p.step:>6,}  validation: {score.nats_per_token:.4f} nats per token, {score.bits_per_byte:.4f} bits per byte"
                         f" ({score.documents} documents, {seconds:.1f} s)")  # fmt: skip
@@ -458,7 +477,9 @@ class Loop:
         except OSError as error:
             older = [d.name for d in checkpoint.directories(self.folder.checkpoints)[-1:]]
             kept = f"{older[0]} stands" if older else "there is none yet"
-            raise OSError(error.errno, f"{error.strerror}: checkpoint of step {p.step} not saved, {kept}; make room, then --resume auto", error.filename) from None
+            raise OSError(
+                error.errno, f"{error.strerror}: checkpoint of step {p.step} not saved, {kept}; make room, then --resume auto", error.filename
+            ) from None
         self.last_saved = p.step
         removed = [r.name for r in checkpoint.retain(self.folder.checkpoints, self.c.checkpoint.keep)]
         self.checkpoint_seconds += time.perf_counter() - started
@@ -479,23 +500,5 @@ class Loop:
         )  # fmt: skip
         self.folder.event("end", **summary)
         (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        self.folder.say(f"pretrain: {reason} at step {p.step:,}: {p.tokens:,} tokens in {p.seconds:.1f} s; state {summary['state_sha256'][:16]}; run {self.folder.path}")
+        self.folder.say(f"pretrain: {reason} at step {p.step:,}: {p.tokens:,} tokens in {p.seconds:.1f} s; state {summary['state_sha256'][:16]}")
         return 0
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-def _peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of the GPU by its name; None where unknown."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-    return next((flops for key, flops in known.items() if key in name), None)

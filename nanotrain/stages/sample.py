@@ -1,8 +1,8 @@
 """sample: write on from a prompt with a trained model, streaming to the terminal.
 
-    nanotrain sample --run.dir=runs/quickstart --prompt='def main():'
-    nanotrain sample --run.dir=runs/quickstart --prompt='import os' --sampling.temperature=0
-    nanotrain sample --run.dir=runs/quickstart --sampling.top_p=0.9 --sampling.max_tokens=500
+nanotrain sample --run.dir=runs/quickstart --prompt='def main():'
+nanotrain sample --run.dir=runs/quickstart --prompt='import os' --sampling.temperature=0
+nanotrain sample --run.dir=runs/quickstart --sampling.top_p=0.9 --sampling.max_tokens=500
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def load_run(directory: str, device: torch.device, say: Callable[[str], None]) -
     checkpoint.load_tensors(path / "model.safetensors", dict(model.named_parameters()))
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     if tokenizer.fingerprint() != state["tokenizer_sha256"]:
-        raise ValueError(f"{folder / 'tokenizer.model'}: fingerprint {tokenizer.fingerprint()[:12]}, the checkpoint's is {state['tokenizer_sha256'][:12]}; put the right one back")
+        raise ValueError(
+            f"{folder / 'tokenizer.model'}: fingerprint {tokenizer.fingerprint()[:12]}, the checkpoint has {state['tokenizer_sha256'][:12]}"
+        )
     return model, tokenizer
 
 

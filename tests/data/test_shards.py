@@ -52,10 +52,20 @@ def test_prepared_text_decodes_to_itself_and_splits_do_not_mix(data, corpus):
 
 
 def test_preparing_twice_and_on_more_cores_gives_the_same_bits(data, corpus, tmp_path):
-    assert main(["prepare", f"--data.source={corpus}", f"--data.dir={tmp_path}/again", "--data.vocab_size=512", "--data.cores=2", "--data.val_share=0.2"]) == 0
+    assert (
+        main(
+            ["prepare", f"--data.source={corpus}", f"--data.dir={tmp_path}/again", "--data.vocab_size=512", "--data.cores=2", "--data.val_share=0.2"]
+        )
+        == 0
+    )
     first, second = (json.loads((d / "index.json").read_text()) for d in (data, tmp_path / "again"))
     assert first == second
-    assert main(["prepare", f"--data.source={corpus}", f"--data.dir={tmp_path}/again", f"--data.tokenizer={data}/tokenizer.model", "--data.val_share=0.2"]) == 0
+    assert (
+        main(
+            ["prepare", f"--data.source={corpus}", f"--data.dir={tmp_path}/again", f"--data.tokenizer={data}/tokenizer.model", "--data.val_share=0.2"]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "again/index.json").read_text())["data_sha256"] == first["data_sha256"]
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
 

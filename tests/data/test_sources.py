@@ -34,7 +34,11 @@ def test_every_kind_of_file_and_way_to_name_it(tmp_path):
 def test_what_cannot_be_read_is_named_counted_and_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_DOCUMENT", 1000)
     (tmp_path / "a.jsonl").write_bytes(
-        b'{"text": "good"}\n{"text": \n\xff\xfe{"text": 1}\n{"text": 5}\n[1]\n{"other": "x"}\n' + b'{"text": "' + b"x" * 5000 + b'"}\n' + b'{"text": "end"}\n'
+        b'{"text": "good"}\n{"text": \n\xff\xfe{"text": 1}\n{"text": 5}\n[1]\n{"other": "x"}\n'
+        + b'{"text": "'
+        + b"x" * 5000
+        + b'"}\n'
+        + b'{"text": "end"}\n'
     )
     (tmp_path / "b.txt").write_bytes(b"fine\nbad \xff here\n")
     (tmp_path / "c.txt").write_bytes(b"x" * 1001)
@@ -73,7 +77,12 @@ def test_the_standard_library_with_its_twins_together():
     assert sum(len(d.text.encode()) for d in documents) > 8_000_000
     assert not any("/test" in n or n.startswith("test/") or "site-packages" in n for n in names)
     assert any(n.startswith("topic/") for n in names)
-    for first, second in (("_pydecimal.py", "decimal.py"), ("_pyio.py", "io.py"), ("encodings/cp1250.py", "encodings/cp1252.py"), ("topic/if", "topic/while")):
+    for first, second in (
+        ("_pydecimal.py", "decimal.py"),
+        ("_pyio.py", "io.py"),
+        ("encodings/cp1250.py", "encodings/cp1252.py"),
+        ("topic/if", "topic/while"),
+    ):
         assert names[first].split_key == names[second].split_key
     assert names["ast.py"].split_key != names["csv.py"].split_key
     assert documents == list(python_documents())

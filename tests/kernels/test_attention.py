@@ -6,14 +6,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from nanotrain.kernels import attention
 from nanotrain.kernels.attention import EXAMPLES, flash_attention
 from nanotrain.kernels.random import philox
 
 
-def oracle(q, k, v, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
-           q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None):  # fmt: skip
+def oracle(
+    q,
+    k,
+    v,
+    *,
+    causal=True,
+    window=None,
+    softcap=None,
+    scale=None,
+    sinks=None,
+    alibi_slopes=None,
+    bias=None,
+    prefix_len=None,
+    q_start=None,
+    k_start=0,
+    head_start=0,
+    dropout_p=0.0,
+    seed=None,
+):
     """One score at a time, in Python: slow and plain."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
@@ -59,11 +75,21 @@ def draw_inputs(B, T, S, H, K, D, Dv=None, seed=0, dtype=torch.float64):
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 6), st.integers(1, 6), st.sampled_from([(1, 1), (2, 1), (4, 2)]), st.sampled_from([2, 5])),
-    causal=st.booleans(), window=st.none() | st.integers(1, 5), softcap=st.none() | st.just(2.0), sinks=st.booleans(), alibi=st.booleans(),
-    bias=st.booleans(), prefix=st.booleans(), v_width=st.sampled_from([None, 3]), offset=st.none() | st.integers(-3, 4), dropout=st.sampled_from([0.0, 0.3]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 5),
+    softcap=st.none() | st.just(2.0),
+    sinks=st.booleans(),
+    alibi=st.booleans(),
+    bias=st.booleans(),
+    prefix=st.booleans(),
+    v_width=st.sampled_from([None, 3]),
+    offset=st.none() | st.integers(-3, 4),
+    dropout=st.sampled_from([0.0, 0.3]),
     small_blocks=st.booleans(),
-)  # fmt: skip
-def test_every_feature_and_gradient_equals_the_definition(shape, causal, window, softcap, sinks, alibi, bias, prefix, v_width, offset, dropout, small_blocks):
+)
+def test_every_feature_and_gradient_equals_the_definition(
+    shape, causal, window, softcap, sinks, alibi, bias, prefix, v_width, offset, dropout, small_blocks
+):
     B, T, S, (H, K), D = shape
     q, k, v = draw_inputs(B, T, S, H, K, D, v_width)
     options = dict(causal=causal, softcap=softcap, dropout_p=dropout, seed=7 if dropout else None, head_start=3, k_start=5)
@@ -179,10 +205,14 @@ def test_long_inputs_never_hold_all_scores():
 @pytest.mark.parametrize(
     "change,message",
     [
-        (dict(window=0), "window=0"), (dict(causal=False, window=3), "causal=True"), (dict(dropout_p=0.5), "needs a seed"),
-        (dict(dropout_p=1.0, seed=1), "dropout_p=1.0"), (dict(cu_seqlens_k=torch.tensor([0, 1])), "cu_seqlens_k without"), (dict(impl="fast"), "impl='fast'"),
+        (dict(window=0), "window=0"),
+        (dict(causal=False, window=3), "causal=True"),
+        (dict(dropout_p=0.5), "needs a seed"),
+        (dict(dropout_p=1.0, seed=1), "dropout_p=1.0"),
+        (dict(cu_seqlens_k=torch.tensor([0, 1])), "cu_seqlens_k without"),
+        (dict(impl="fast"), "impl='fast'"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_named(change, message):
     q, k, v = draw_inputs(1, 2, 2, 1, 1, 4)
     with pytest.raises(ValueError, match=message):

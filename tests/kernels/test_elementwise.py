@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from nanotrain.kernels import gated, norm, rotary
 from nanotrain.kernels.gated import geglu, swiglu
 from nanotrain.kernels.norm import layer_norm, rms_norm

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from nanotrain.kernels.optimizers import EXAMPLES, adamw_
 
 HYPER = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -78,7 +77,9 @@ def test_stochastic_rounding_follows_fp32_on_average():
     p = [torch.ones(20000, dtype=torch.bfloat16)]
     m, v = moments(p, torch.float32)
     for step in range(1, 11):  # each step is a 16th of a bf16 ulp: rounding to nearest would never move
-        adamw_(p, [torch.ones_like(p[0])], m, v, lr=2.0**-12, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, step=step, seed=step, counter_starts=[0])
+        adamw_(
+            p, [torch.ones_like(p[0])], m, v, lr=2.0**-12, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, step=step, seed=step, counter_starts=[0]
+        )
     assert abs(float(p[0].float().mean()) - (1 - 10 * 2.0**-12)) < 1e-4
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from nanotrain.kernels.random import dropout_reference, mix_seed, philox, stochastic_round
 
 
@@ -42,7 +41,9 @@ def test_stochastic_rounding_is_unbiased_and_layout_independent():
     assert abs((rounded > 1).float().mean() - 0.25) < 0.011  # 5 sigma
     assert torch.equal(rounded[100:], stochastic_round(x[100:], torch.bfloat16, 5, first=100))
     special = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0])
-    assert torch.equal(stochastic_round(special, torch.bfloat16, 5).nan_to_num(7.0, torch.inf, -torch.inf), special.nan_to_num(7.0, torch.inf, -torch.inf).bfloat16())
+    assert torch.equal(
+        stochastic_round(special, torch.bfloat16, 5).nan_to_num(7.0, torch.inf, -torch.inf), special.nan_to_num(7.0, torch.inf, -torch.inf).bfloat16()
+    )
 
 
 def test_mixed_seeds_differ_and_agree_between_ints_and_tensors():

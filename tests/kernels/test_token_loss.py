@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from nanotrain.kernels import token_loss
 from nanotrain.kernels.token_loss import EXAMPLES, cross_entropy, linear_cross_entropy
 
@@ -36,7 +35,10 @@ def small_chunks(monkeypatch):
 
 
 options = dict(
-    label_smoothing=st.sampled_from([0.0, 0.1]), z_loss=st.sampled_from([0.0, 0.01]), softcap=st.sampled_from([None, 3.0]), temperature=st.sampled_from([1.0, 0.7])
+    label_smoothing=st.sampled_from([0.0, 0.1]),
+    z_loss=st.sampled_from([0.0, 0.01]),
+    softcap=st.sampled_from([None, 3.0]),
+    temperature=st.sampled_from([1.0, 0.7]),
 )
 
 
@@ -68,7 +70,9 @@ def test_weights_given_up_front_equal_the_general_path(shape, use_rows, **kwargs
     loss, logprob, entropy = linear_cross_entropy(hidden, weight, labels, **kwargs, return_entropy=True)
     want = torch.autograd.grad((loss * token_weight).sum() * 3, (hidden, weight))
     rows = (labels != -100).nonzero()[:, 0] if use_rows else None
-    total, detached, detached_entropy = linear_cross_entropy(hidden, weight, labels, token_weight_N=token_weight, rows=rows, return_entropy=True, **kwargs)
+    total, detached, detached_entropy = linear_cross_entropy(
+        hidden, weight, labels, token_weight_N=token_weight, rows=rows, return_entropy=True, **kwargs
+    )
     got = torch.autograd.grad(total * 3, (hidden, weight))
     torch.testing.assert_close(total, (loss * token_weight).sum(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(detached, logprob.detach(), rtol=1e-10, atol=1e-10)
@@ -179,9 +183,13 @@ def test_logits_are_never_held_whole():
 def test_bad_arguments_are_named():
     hidden, weight, labels = draw(3, 4, 5)
     for change, message in (
-        (dict(labels_N=labels[:2]), "labels"), (dict(labels_N=labels.int()), "int64"), (dict(weight_VC=weight[:, :3]), "do not fit"),
-        (dict(weight_VC=weight.float()), "differ"), (dict(temperature=0.0), "temperature"), (dict(token_weight_N=torch.ones(2)), "token_weight"),
-    ):  # fmt: skip
+        (dict(labels_N=labels[:2]), "labels"),
+        (dict(labels_N=labels.int()), "int64"),
+        (dict(weight_VC=weight[:, :3]), "do not fit"),
+        (dict(weight_VC=weight.float()), "differ"),
+        (dict(temperature=0.0), "temperature"),
+        (dict(token_weight_N=torch.ones(2)), "token_weight"),
+    ):
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(**(dict(hidden_NC=hidden, weight_VC=weight, labels_N=labels) | change))
     with pytest.raises(ValueError, match="do not fit"):

@@ -17,7 +17,10 @@ pytestmark = [
 SCALINGS = {
     "none": ({}, {"rope_type": "default"}),
     "linear": (dict(rope_scaling="linear", rope_factor=4.0), {"rope_type": "linear", "factor": 4.0}),
-    "yarn": (dict(rope_scaling="yarn", rope_factor=4.0, rope_original_context=8), {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}),
+    "yarn": (
+        dict(rope_scaling="yarn", rope_factor=4.0, rope_original_context=8),
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    ),
     "llama3": (
         dict(rope_scaling="llama3", rope_factor=8.0, rope_original_context=16),
         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
@@ -37,8 +40,15 @@ def copy(ours, theirs, names):
     return theirs.double().eval()
 
 
-LLAMA = [("embed.", "model.embed_tokens."), ("blocks.", "model.layers."), ("attention.", "self_attn."), ("attention_norm", "input_layernorm"),
-         ("mlp_norm", "post_attention_layernorm"), ("head.norm", "model.norm"), ("head.weight", "lm_head.weight")]  # fmt: skip
+LLAMA = [
+    ("embed.", "model.embed_tokens."),
+    ("blocks.", "model.layers."),
+    ("attention.", "self_attn."),
+    ("attention_norm", "input_layernorm"),
+    ("mlp_norm", "post_attention_layernorm"),
+    ("head.norm", "model.norm"),
+    ("head.weight", "lm_head.weight"),
+]
 
 
 def agree(ours, theirs):
@@ -53,8 +63,19 @@ def test_llama(scaling):
 
     options, rope = SCALINGS[scaling]
     ours = build(kv_heads=2, tied=False, **options)
-    c = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
-                    max_position_embeddings=32, tie_word_embeddings=False, rope_parameters={"rope_theta": 10000.0, **rope}, attn_implementation="eager")  # fmt: skip
+    c = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_theta": 10000.0, **rope},
+        attn_implementation="eager",
+    )
     agree(ours, copy(ours, LlamaForCausalLM(c), LLAMA))
 
 
@@ -65,8 +86,13 @@ def test_rope_frequencies_of_published_models(scaling):
 
     original = 8192
     _, rope = SCALINGS[scaling]
-    c = LlamaConfig(hidden_size=2048, num_attention_heads=32, head_dim=64, max_position_embeddings=131072,
-                    rope_parameters={**rope, "rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": original})  # fmt: skip
+    c = LlamaConfig(
+        hidden_size=2048,
+        num_attention_heads=32,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rope_parameters={**rope, "rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": original},
+    )
     theirs, factor = ROPE_INIT_FUNCTIONS[scaling](c, "cpu")
     ours, our_factor = rope_frequencies(replace(ModelConfig(preset="llama3.2-1b").resolved(), rope_scaling=scaling))
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)
@@ -77,9 +103,20 @@ def test_qwen3():
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     ours = build(kv_heads=2, head_dim=6, qk_norm=True)
-    c = Qwen3Config(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
-                    rms_norm_eps=1e-6, max_position_embeddings=32, tie_word_embeddings=True, rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
-                    attn_implementation="eager")  # fmt: skip
+    c = Qwen3Config(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
+        attn_implementation="eager",
+    )
     agree(ours, copy(ours, Qwen3ForCausalLM(c), LLAMA))
 
 
@@ -87,9 +124,20 @@ def test_mistral_with_its_window():
     from transformers import MistralConfig, MistralForCausalLM
 
     ours = build(kv_heads=2, window=5, tied=False)
-    c = MistralConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
-                      sliding_window=5, max_position_embeddings=32, tie_word_embeddings=False, rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
-                      attn_implementation="eager")  # fmt: skip
+    c = MistralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        sliding_window=5,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
+        attn_implementation="eager",
+    )
     agree(ours, copy(ours, MistralForCausalLM(c), LLAMA))
 
 
@@ -99,8 +147,12 @@ def test_gpt2():
     ours = build(positions="learned", norm="layer", norm_eps=1e-5, activation="gelu", bias=True)
     c = GPT2Config(vocab_size=50, n_embd=16, n_inner=24, n_layer=2, n_head=4, n_positions=32, attn_implementation="eager")
     theirs, p = GPT2LMHeadModel(c), dict(ours.named_parameters())
-    state = {"transformer.wte.weight": p["embed.weight"], "transformer.wpe.weight": p["embed_positions.weight"],
-             "transformer.ln_f.weight": p["head.norm.weight"], "transformer.ln_f.bias": p["head.norm.bias"]}  # fmt: skip
+    state = {
+        "transformer.wte.weight": p["embed.weight"],
+        "transformer.wpe.weight": p["embed_positions.weight"],
+        "transformer.ln_f.weight": p["head.norm.weight"],
+        "transformer.ln_f.bias": p["head.norm.bias"],
+    }
     for i in range(2):
         mine, other = f"blocks.{i}.", f"transformer.h.{i}."
         for kind in ("weight", "bias"):  # their Conv1D holds the transpose
@@ -116,5 +168,12 @@ def test_gpt2():
 
 
 def test_build_model_is_double_where_asked():
-    assert build_model(ModelConfig(vocab_size=9, width=8, heads=2, layers=1).resolved(frozenset(["width", "heads", "layers"])), seed=0, dtype=torch.float64,
-                       device="cpu").embed.weight.dtype == torch.float64  # fmt: skip
+    assert (
+        build_model(
+            ModelConfig(vocab_size=9, width=8, heads=2, layers=1).resolved(frozenset(["width", "heads", "layers"])),
+            seed=0,
+            dtype=torch.float64,
+            device="cpu",
+        ).embed.weight.dtype
+        == torch.float64
+    )

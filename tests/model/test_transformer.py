@@ -7,18 +7,41 @@ import torch
 
 from nanotrain.model.linear import Linear, deferred_weight_gradients
 from nanotrain.model.transformer import (
-    PRESETS, Cache, Dropout, ModelConfig, Transformer, alibi_slopes, build_model, initial_value, meta_model, parameter_count, rope_frequencies,
-)  # fmt: skip
+    PRESETS,
+    Cache,
+    Dropout,
+    ModelConfig,
+    Transformer,
+    alibi_slopes,
+    build_model,
+    initial_value,
+    meta_model,
+    parameter_count,
+    rope_frequencies,
+)
 
 BASE = dict(vocab_size=50, width=16, layers=2, heads=4, ffn_width=24, context=32)
 OPTIONS = {
-    "plain": {}, "mqa": dict(kv_heads=1), "gqa": dict(kv_heads=2), "head_dim": dict(head_dim=6), "learned": dict(positions="learned"),
-    "alibi": dict(positions="alibi"), "layer_norm": dict(norm="layer"), "post": dict(norm_position="post"), "geglu": dict(activation="geglu"),
-    "gelu_biases": dict(activation="gelu", bias=True, norm="layer"), "attention_bias": dict(attention_bias=True), "qk_norm": dict(qk_norm=True),
-    "window": dict(window=3), "softcaps": dict(attention_softcap=2.0, logit_softcap=3.0), "untied": dict(tied=False),
-    "linear": dict(rope_scaling="linear", rope_factor=2.0), "ntk": dict(rope_scaling="ntk", rope_factor=2.0),
-    "yarn": dict(rope_scaling="yarn", rope_factor=4.0, rope_original_context=8), "llama3": dict(rope_scaling="llama3", rope_factor=8.0, rope_original_context=16),
-}  # fmt: skip
+    "plain": {},
+    "mqa": dict(kv_heads=1),
+    "gqa": dict(kv_heads=2),
+    "head_dim": dict(head_dim=6),
+    "learned": dict(positions="learned"),
+    "alibi": dict(positions="alibi"),
+    "layer_norm": dict(norm="layer"),
+    "post": dict(norm_position="post"),
+    "geglu": dict(activation="geglu"),
+    "gelu_biases": dict(activation="gelu", bias=True, norm="layer"),
+    "attention_bias": dict(attention_bias=True),
+    "qk_norm": dict(qk_norm=True),
+    "window": dict(window=3),
+    "softcaps": dict(attention_softcap=2.0, logit_softcap=3.0),
+    "untied": dict(tied=False),
+    "linear": dict(rope_scaling="linear", rope_factor=2.0),
+    "ntk": dict(rope_scaling="ntk", rope_factor=2.0),
+    "yarn": dict(rope_scaling="yarn", rope_factor=4.0, rope_original_context=8),
+    "llama3": dict(rope_scaling="llama3", rope_factor=8.0, rope_original_context=16),
+}
 
 
 def config(**options):
@@ -43,9 +66,16 @@ def tokens_of(B=2, T=9):
 
 
 PUBLISHED = {
-    "gpt2-124m": 124_439_808, "gpt2-1558m": 1_557_611_200, "llama2-7b": 6_738_415_616, "llama2-70b": 68_976_648_192, "llama3.2-1b": 1_235_814_400,
-    "llama3-8b": 8_030_261_248, "mistral-7b": 7_241_732_096, "qwen3-0.6b": 596_049_920, "qwen3-8b": 8_190_735_360,
-}  # fmt: skip
+    "gpt2-124m": 124_439_808,
+    "gpt2-1558m": 1_557_611_200,
+    "llama2-7b": 6_738_415_616,
+    "llama2-70b": 68_976_648_192,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3-8b": 8_030_261_248,
+    "mistral-7b": 7_241_732_096,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+}
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
@@ -135,7 +165,9 @@ def test_dropout_follows_global_positions_not_the_layout(option):
     whole = model(tokens, positions, dropout=Dropout(7, counters))
     halves = [model(tokens[i : i + 2], positions[:2], dropout=Dropout(7, counters[i : i + 2])) for i in (0, 2)]
     torch.testing.assert_close(whole, torch.cat(halves))
-    packed = model(tokens.view(1, 32), positions.reshape(1, 32), cu_seqlens=torch.arange(0, 33, 8, dtype=torch.int32), dropout=Dropout(7, counters.view(1, 32)))
+    packed = model(
+        tokens.view(1, 32), positions.reshape(1, 32), cu_seqlens=torch.arange(0, 33, 8, dtype=torch.int32), dropout=Dropout(7, counters.view(1, 32))
+    )
     torch.testing.assert_close(packed.view_as(whole), whole)
     assert not torch.equal(whole, model(tokens, positions, dropout=Dropout(8, counters))) and not torch.equal(whole, model(tokens, positions))
 
@@ -220,7 +252,9 @@ def test_rope_scaling_follows_the_papers():
     assert ntk[0] == plain[0] and torch.isclose(ntk[-1], plain[-1] / 4)  # the slowest turn stretched whole, the fastest not at all
     llama3, _ = rope_frequencies(replace(base, rope_scaling="llama3", rope_factor=8.0))
     wavelength = 2 * torch.pi / plain
-    assert torch.equal(llama3[wavelength < 1024], plain[wavelength < 1024]) and torch.allclose(llama3[wavelength > 4096], plain[wavelength > 4096] / 8)
+    assert torch.equal(llama3[wavelength < 1024], plain[wavelength < 1024]) and torch.allclose(
+        llama3[wavelength > 4096], plain[wavelength > 4096] / 8
+    )
     yarn, factor = rope_frequencies(replace(base, rope_scaling="yarn", rope_factor=8.0))
     assert torch.equal(yarn[0], plain[0]) and torch.isclose(yarn[-1], plain[-1] / 8) and abs(factor - (0.1 * 2.0794415 + 1)) < 1e-6
     assert (yarn.diff() < 0).all() and (llama3.diff() < 0).all()
@@ -234,10 +268,14 @@ def test_alibi_slopes():
 @pytest.mark.parametrize(
     "options,message",
     [
-        (dict(preset="huge"), "--model.preset huge: unknown; one of nano"), (dict(heads=4, kv_heads=3), "--model.kv_heads 3"),
-        (dict(head_dim=3), "--model.head_dim 3"), (dict(dropout=1.0), "--model.dropout 1.0"), (dict(layers=0), "--model.layers 0"), (dict(width=2, heads=4), "--model.width 2"),
+        (dict(preset="huge"), "--model.preset huge: unknown; one of nano"),
+        (dict(heads=4, kv_heads=3), "--model.kv_heads 3"),
+        (dict(head_dim=3), "--model.head_dim 3"),
+        (dict(dropout=1.0), "--model.dropout 1.0"),
+        (dict(layers=0), "--model.layers 0"),
+        (dict(width=2, heads=4), "--model.width 2"),
     ],
-)  # fmt: skip
+)
 def test_shapes_that_cannot_be_built_name_their_flag(options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)

@@ -49,7 +49,16 @@ def batch_of(documents):
     labels = torch.tensor(sum([[*d[1:], -100] for d in documents], []))[None]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     counted = (labels[0] != -100).nonzero()[:, 0]
-    return Batch(tokens, labels, positions, torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32), positions, counted, len(counted), max(lengths))
+    return Batch(
+        tokens,
+        labels,
+        positions,
+        torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32),
+        positions,
+        counted,
+        len(counted),
+        max(lengths),
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -82,8 +91,21 @@ def test_loss_is_the_mean_over_counted_tokens():
 def finished(data, tmp_path_factory):
     """A finished run of 60 steps on real text."""
     directory = tmp_path_factory.mktemp("run") / "r"
-    assert main(flags(data, directory, "--train.steps=60", "--checkpoint.every=20", "--train.val_every=30", "--train.val_tokens=2000", "--train.sample_every=40",
-                      "--optim.muon_lr=0.05")) == 0  # fmt: skip
+    assert (
+        main(
+            flags(
+                data,
+                directory,
+                "--train.steps=60",
+                "--checkpoint.every=20",
+                "--train.val_every=30",
+                "--train.val_tokens=2000",
+                "--train.sample_every=40",
+                "--optim.muon_lr=0.05",
+            )
+        )
+        == 0
+    )
     return directory
 
 
@@ -94,7 +116,19 @@ def test_loss_on_real_text_falls(finished):
 
 def test_a_run_leaves_everything_behind(finished, data):
     for row in rows_of(finished):
-        assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_s", "data_s", "clipped", "skipped", "peak_memory_bytes"} <= row.keys()
+        assert {
+            "step",
+            "loss",
+            "lr",
+            "grad_norm",
+            "tokens",
+            "tokens_per_s",
+            "step_s",
+            "data_s",
+            "clipped",
+            "skipped",
+            "peak_memory_bytes",
+        } <= row.keys()
     validations = rows_of(finished, "val_bpb")
     assert [v["step"] for v in validations] == [30, 60] and validations[1]["val_bpb"] < validations[0]["val_bpb"]
     assert validations[1]["val_tokens"] > validations[0]["val_tokens"] and validations[1]["val_loss"] > 0
@@ -117,7 +151,9 @@ def test_its_config_reruns_it_exactly(finished, tmp_path):
 
 
 def test_sample_streams_from_a_run(finished, capsys):
-    assert main(["sample", f"--run.dir={finished}", "--prompt=def \t▁", "--sampling.max_tokens=12", "--sampling.temperature=0", "--run.device=cpu"]) == 0
+    assert (
+        main(["sample", f"--run.dir={finished}", "--prompt=def \t▁", "--sampling.max_tokens=12", "--sampling.temperature=0", "--run.device=cpu"]) == 0
+    )
     captured = capsys.readouterr()
     assert captured.out.startswith("def \t▁") and "12 tokens" in captured.err
     assert main(["sample", f"--run.dir={finished}/nothing"]) == 2 and "no checkpoint that verifies" in capsys.readouterr().err
@@ -125,9 +161,13 @@ def test_sample_streams_from_a_run(finished, capsys):
 
 
 VARIANTS = {
-    "plain": (), "dropout": ("--model.dropout=0.2", "--model.embedding_dropout=0.1", "--train.accumulate=2"), "bf16": ("--train.dtype=bfloat16",),
-    "fp16": ("--train.dtype=float16",), "adamw": ("--optim.name=adamw", "--optim.weight_decay=0.1"), "tokens": ("--train.steps=0", "--train.tokens=1280"),
-}  # fmt: skip
+    "plain": (),
+    "dropout": ("--model.dropout=0.2", "--model.embedding_dropout=0.1", "--train.accumulate=2"),
+    "bf16": ("--train.dtype=bfloat16",),
+    "fp16": ("--train.dtype=float16",),
+    "adamw": ("--optim.name=adamw", "--optim.weight_decay=0.1"),
+    "tokens": ("--train.steps=0", "--train.tokens=1280"),
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -159,8 +199,13 @@ def stop_after(step, arguments):
 
 
 def start(arguments):
-    return subprocess.Popen([sys.executable, "-u", "-m", "nanotrain", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "nanotrain", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def wait_for(directory, step, process):
@@ -201,7 +246,11 @@ def test_sigterm_saves_and_exits_zero_a_second_one_exits_now(data, tmp_path):
     step = rows_of(tmp_path / "r")[-1]["step"]
     assert checkpoint.verify(tmp_path / f"r/checkpoints/step-{step:08d}")["step"] == step
 
-    process = start(flags(data, tmp_path / "s", "--train.steps=100000", "--model.width=512", "--train.length=1024", "--train.micro_batch=64", "--run.log_every=100"))
+    process = start(
+        flags(
+            data, tmp_path / "s", "--train.steps=100000", "--model.width=512", "--train.length=1024", "--train.micro_batch=64", "--run.log_every=100"
+        )
+    )
     while "memory: plan" not in process.stdout.readline():
         pass
     time.sleep(0.5)  # inside the first, long step
@@ -280,18 +329,16 @@ def test_a_loss_spike_rolls_back_and_skips_its_data(data, tmp_path, monkeypatch)
     assert rows[-15]["lr"] / rows[139]["lr"] < 0.75
 
 
-def test_spikes_need_a_full_window():
-    assert not pretrain.spike([1.0] * 127, 99.0, 6.0) and pretrain.spike([1.0, 1.1] * 64, 1.5, 6.0) and not pretrain.spike([1.0, 1.1] * 64, 1.3, 6.0)
-    assert not pretrain.spike([1.0, 1.1] * 64, 99.0, 0.0)
-
-
 @pytest.mark.parametrize(
     "change,message",
     [
-        (("--model.width=64",), "--model.width 64: the checkpoint"), (("--train.dtype=bfloat16",), "--train.dtype bfloat16: the checkpoint"),
-        (("--run.seed=5",), "--run.seed 5"), (("--optim.name=adamw",), "is of another model or optimizer"), (("--train.length=16",), "--train.length 16"),
+        (("--model.width=64",), "--model.width 64: the checkpoint"),
+        (("--train.dtype=bfloat16",), "--train.dtype bfloat16: the checkpoint"),
+        (("--run.seed=5",), "--run.seed 5"),
+        (("--optim.name=adamw",), "is of another model or optimizer"),
+        (("--train.length=16",), "--train.length 16"),
     ],
-)  # fmt: skip
+)
 def test_resume_refuses_what_does_not_fit(finished, data, tmp_path, capsys, change, message):
     shutil.copytree(finished, tmp_path / "r")
     before = sorted((tmp_path / "r").rglob("*safetensors"))
@@ -306,7 +353,20 @@ def test_resume_refuses_changed_data_and_tokenizer_with_both_hashes(finished, da
     shutil.copytree(finished, tmp_path / "r")
     source = f"{corpus}/[a-i]*.py" if what == "data" else corpus
     flag = f"--data.tokenizer={data}/tokenizer.model" if what == "data" else "--data.tokenizer_kind=unigram"
-    assert main(["prepare", f"--data.source={source}", f"--data.dir={tmp_path}/other", "--data.vocab_size=512", flag, "--data.cores=1", "--data.val_share=0.2"]) == 0
+    assert (
+        main(
+            [
+                "prepare",
+                f"--data.source={source}",
+                f"--data.dir={tmp_path}/other",
+                "--data.vocab_size=512",
+                flag,
+                "--data.cores=1",
+                "--data.val_share=0.2",
+            ]
+        )
+        == 0
+    )
     assert main(flags(tmp_path / "other", tmp_path / "r", "--train.steps=70", "--resume=auto")) == 2
     error = capsys.readouterr().err
     held = checkpoint.load_state(tmp_path / "r/checkpoints/step-00000060")[f"{what}_sha256"][:16]
@@ -355,15 +415,33 @@ def test_full_and_read_only_disks_are_one_line(data, tmp_path, nanotrain, monkey
     monkeypatch.setattr(checkpoint, "save", save)
     assert main(flags(data, tmp_path / "r", "--train.steps=30", "--checkpoint.every=10")) == 1
     error = capsys.readouterr().err
-    assert "model.safetensors: No space left on device: checkpoint of step 20 not saved, step-00000010 stands; make room" in error and error.count("\n") == 1
+    assert (
+        "model.safetensors: No space left on device: checkpoint of step 20 not saved, step-00000010 stands; make room" in error
+        and error.count("\n") == 1
+    )
     monkeypatch.undo()
     whole = nanotrain(*flags(data, "/proc/nowhere/r", "--train.steps=3"))
     assert whole.returncode == 1 and whole.stderr.count("\n") == 1 and "/proc/nowhere" in whole.stderr
 
 
 def test_early_stop_plateau_and_seconds(data, tmp_path):
-    assert main(flags(data, tmp_path / "a", "--train.steps=500", "--train.val_every=1", "--train.val_tokens=10", "--train.early_stop=2", "--optim.lr=1e-9",
-                      "--optim.muon_lr=1e-9", "--train.plateau=1", "--train.spike_sigma=0")) == 0  # fmt: skip
+    assert (
+        main(
+            flags(
+                data,
+                tmp_path / "a",
+                "--train.steps=500",
+                "--train.val_every=1",
+                "--train.val_tokens=10",
+                "--train.early_stop=2",
+                "--optim.lr=1e-9",
+                "--optim.muon_lr=1e-9",
+                "--train.plateau=1",
+                "--train.spike_sigma=0",
+            )
+        )
+        == 0
+    )
     assert "no better validation in 2" in json.loads((tmp_path / "a/summary.json").read_text())["reason"] and events(tmp_path / "a", "plateau")
     assert main(flags(data, tmp_path / "b", "--train.steps=0", "--train.seconds=0.5")) == 0
     summary = json.loads((tmp_path / "b/summary.json").read_text())
@@ -386,12 +464,16 @@ def test_out_of_memory_names_the_next_rung(data, tmp_path, monkeypatch, capsys, 
 @pytest.mark.parametrize(
     "change,message",
     [
-        ((), "--train.steps, --train.tokens, --train.seconds: set exactly one"), (("--train.steps=1", "--train.tokens=1"), "set exactly one"),
-        (("--train.steps=1", "--parallel.dp=2"), "--parallel.dp 2"), (("--train.steps=1", "--resume=yes"), "--resume yes"),
-        (("--train.steps=1", "--train.micro_batch=0"), "--train.micro_batch 0"), (("--train.steps=1", "--model.vocab_size=7"), "--model.vocab_size 7"),
-        (("--train.steps=1", "--train.val_stride=99"), "--train.val_stride 99"), (("--train.steps=1", "--model.positions=learned", "--model.context=8"), "--train.length 32"),
+        ((), "--train.steps, --train.tokens, --train.seconds: set exactly one"),
+        (("--train.steps=1", "--train.tokens=1"), "set exactly one"),
+        (("--train.steps=1", "--parallel.dp=2"), "--parallel.dp 2"),
+        (("--train.steps=1", "--resume=yes"), "--resume yes"),
+        (("--train.steps=1", "--train.micro_batch=0"), "--train.micro_batch 0"),
+        (("--train.steps=1", "--model.vocab_size=7"), "--model.vocab_size 7"),
+        (("--train.steps=1", "--train.val_stride=99"), "--train.val_stride 99"),
+        (("--train.steps=1", "--model.positions=learned", "--model.context=8"), "--train.length 32"),
     ],
-)  # fmt: skip
+)
 def test_bad_configurations_stop_before_anything_is_written(data, tmp_path, capsys, change, message):
     assert main(flags(data, tmp_path / "r", *change)) == 2
     assert message in capsys.readouterr().err
@@ -399,7 +481,16 @@ def test_bad_configurations_stop_before_anything_is_written(data, tmp_path, caps
 
 
 def test_torchrun_starts_a_stage(data, tmp_path):
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "nanotrain", *flags(data, tmp_path / "r", "--train.steps=2")]
+    arguments = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=1",
+        "-m",
+        "nanotrain",
+        *flags(data, tmp_path / "r", "--train.steps=2"),
+    ]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and len(rows_of(tmp_path / "r")) == 2, done.stderr
 

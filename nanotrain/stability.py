@@ -1,0 +1,44 @@
+"""What a run watches its own losses for, and what reproducible bits cost on a GPU."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+WINDOW = 128
+"""Losses that a spike is judged against."""
+
+
+def spiked(recent: list[float], loss: float, sigma: float) -> bool:
+    """Whether `loss` stands more than `sigma` standard deviations over the mean of the last 128, once there are so many; 0 never."""
+    return sigma > 0 and len(recent) >= WINDOW and loss > statistics.fmean(recent) + sigma * max(statistics.pstdev(recent), 1e-3)
+
+
+def plateau(losses: list[float], steps: int, least: float = 0.005) -> tuple[float, float] | None:
+    """(mean before, mean after) where the last `steps` losses lie less than a share `least` below the `steps` before them."""
+    if not steps or len(losses) < 2 * steps:
+        return None
+    before, after = statistics.fmean(losses[-2 * steps : -steps]), statistics.fmean(losses[-steps:])
+    return (before, after) if after > before * (1 - least) else None
+
+
+def make_deterministic(forward_backward: Callable[[], object], repeats: int = 5) -> float:
+    """Let a GPU use only kernels whose bits repeat; returns how many times longer `forward_backward` takes with them."""
+
+    def seconds() -> float:
+        forward_backward()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            forward_backward()
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    free = seconds()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS takes this by no other way
+    torch.use_deterministic_algorithms(True)
+    return seconds() / free
