@@ -141,6 +141,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise Damaged(f"{path / 'manifest.json'}: format {manifest['format']}, this version reads {FORMAT}")
         if not {"model.safetensors", "state.json"} <= manifest["files"].keys():
             raise Damaged(f"{path / 'manifest.json'}: does not list model.safetensors and state.json")
+        for name, entry in manifest["files"].items():
+            if Path(name).name != name:
+                raise Damaged(f"{path / 'manifest.json'}: names a file outside the checkpoint: {name!r}")
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+                raise TypeError(f"bytes or sha256 of {name}")
         return manifest
     except FileNotFoundError:
         raise Damaged(f"{path / 'manifest.json'}: missing") from None
@@ -153,8 +158,6 @@ def verify(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         file = path / name
-        if Path(name).name != name:
-            raise Damaged(f"{path / 'manifest.json'}: names a file outside the checkpoint: {name!r}")
         try:
             size = file.stat().st_size
             if size != entry["bytes"]:

@@ -82,23 +82,24 @@ def schedule_factor(c: OptimConfig, progress: float) -> float:
 
 
 _POLAR_EXPRESS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+"""For five steps with a safety factor of 2%: without it the rounding of bf16 pushes the largest singular value past one and far away."""
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """The nearest (semi-)orthogonal matrices of a stack (n, rows, columns), in bf16 (float64 for float64).
 
-    Five odd polynomial steps; singular values end within about 0.7 to 1.2 of one, which Muon needs no closer.
+    Five odd polynomial steps; singular values over a hundredth of the norm end between 0.85 and 1.15, which Muon needs no closer.
     """
     x = matrices.to(torch.float64 if matrices.dtype == torch.float64 else torch.bfloat16)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in _POLAR_EXPRESS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -81,9 +81,10 @@ class Tokenizer:
         """Token ids of `text`, without bos or eos; special tokens in it are plain text."""
         return self._processor.encode(_escape(text))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; special tokens are dropped. Bytes that are no UTF-8 become U+FFFD."""
-        return _unescape(self._processor.decode(list(ids)))
+    def decode(self, ids: Iterable[int], *, escaped: bool = False) -> str:
+        """Text of token ids; special tokens are dropped. Bytes that are no UTF-8 become U+FFFD; `escaped` leaves escapes in."""
+        text = self._processor.decode(list(ids))
+        return text if escaped else _unescape(text)
 
     def piece(self, token: int) -> str:
         """A token's own spelling, special tokens included."""
@@ -99,16 +100,18 @@ class StreamDecoder:
     def add(self, token: int, *, last: bool = False) -> str:
         """Take one more token, return the text that it completes."""
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        safe = text if last else text.rstrip("\ufffd").removesuffix(_ESCAPE)
-        new = safe[len(self.shown) :]
+        raw = self.tokenizer.decode(self.ids, escaped=True)
+        safe = raw if last else raw.rstrip("\ufffd")
+        if not last and (len(safe) - len(safe.rstrip(_ESCAPE))) % 2:
+            safe = safe[:-1]  # the second half of an escape is still to come
+        new = _unescape(safe[len(self.shown) :])
         self.shown = safe
-        if len(self.ids) > 64 and safe == text and "\n" in new:  # start afresh, so that a long stream stays cheap
+        if len(self.ids) > 64 and safe == raw and "\n" in new:  # start afresh, so that a long stream stays cheap
             self.ids, self.shown = [], ""
         return new
 
 
-def train(texts: Iterable[str], *, vocab_size: int, kind: str = "bpe", cores: int = 1) -> Tokenizer:
+def train(texts: Iterable[str], *, vocab_size: int, kind: str = "bpe") -> Tokenizer:
     """Train on `texts`: "bpe" or "unigram", pieces may span spaces and line ends, digits stand alone.
 
     Raises ValueError where the texts are too small for the vocabulary asked for.
@@ -116,7 +119,7 @@ def train(texts: Iterable[str], *, vocab_size: int, kind: str = "bpe", cores: in
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts), model_writer=out, vocab_size=vocab_size, model_type=kind, num_threads=cores,
+            sentence_iterator=_lines(texts), model_writer=out, vocab_size=vocab_size, model_type=kind, num_threads=4,
             byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, split_by_whitespace=False, split_digits=True, character_coverage=0.9995,
             max_sentence_length=1 << 24, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, bos_piece="<bos>", eos_piece="<eos>",

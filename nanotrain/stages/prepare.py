@@ -104,7 +104,7 @@ def build(c: SourceConfig, directory: Path) -> dict:
     started = time.monotonic()
     if c.tokenizer == "train":
         print(f"prepare: training a {c.tokenizer_kind} tokenizer of {c.vocab_size} tokens", flush=True)
-        tokenizer = train(corpus.sample(c.tokenizer_text * 1_000_000), vocab_size=c.vocab_size, kind=c.tokenizer_kind, cores=cores)
+        tokenizer = train(corpus.sample(c.tokenizer_text * 1_000_000), vocab_size=c.vocab_size, kind=c.tokenizer_kind)
         print(f"prepare: tokenizer trained in {time.monotonic() - started:.1f} s", flush=True)
     else:
         tokenizer = Tokenizer.load(c.tokenizer)

@@ -31,7 +31,7 @@ def test_equals_scoring_token_by_token(shards, length, stride, batch_tokens):
             end = min(start + length, len(ids) - 1)
             log_p = torch.log_softmax(logits(model, ids[None, start:end]), -1)[0]
             for target in range(scored, end + 1):
-                nats -= float(log_p[target - 1 - start, ids[target]])
+                nats -= log_p[target - 1 - start, ids[target]].item()
             scored, start = end + 1, start + stride
     got = score(model, shards, length=length, stride=stride, device=CPU, batch_tokens=batch_tokens)
     assert got.documents == 5 and got.tokens == shards.tokens - 5 and got.bytes == shards.bytes

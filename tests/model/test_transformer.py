@@ -58,7 +58,7 @@ def build(seed=0, **options):
 
 def logits(model, tokens, **kwargs):
     positions = kwargs.pop("positions", torch.arange(tokens.shape[1]).expand(tokens.shape))
-    return model.head.logits(model(tokens, positions, **kwargs))
+    return model.head.logits(model(tokens, positions, max_position=int(positions.max()) + 1, **kwargs))
 
 
 def tokens_of(B=2, T=9):
