@@ -188,7 +188,7 @@ def _convert(value, kind, where):
     """`value`, a string of the command line or a TOML value, as `kind`."""
     try:
         return _as(value, kind)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError, OverflowError):
         raise ValueError(f"{where}: {value!r} is not {_type_name(kind)}") from None
 
 
@@ -207,22 +207,22 @@ def _as(value, kind):
     if kind is bool:
         if isinstance(value, bool):
             return value
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()] if isinstance(value, str) else _wrong()
+        if value.lower() not in ("true", "1", "yes", "false", "0", "no"):
+            raise ValueError
+        return value.lower() in ("true", "1", "yes")
     if isinstance(value, bool):
-        _wrong()
+        raise ValueError
     if kind is int:
         if isinstance(value, str):
             value = int(value.replace("_", "")) if value.replace("_", "").lstrip("+-").isdigit() else float(value)
         if value != int(value):
-            _wrong()
+            raise ValueError
         return int(value)
     if kind is float:
         return float(value)
-    return value if isinstance(value, str) else _wrong()
-
-
-def _wrong():
-    raise ValueError
+    if not isinstance(value, str):
+        raise ValueError
+    return value
 
 
 def _type_name(kind):

@@ -172,7 +172,7 @@ strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is no
 
 
 def run_saver(directory, *trace, **options):
-    prefix = ("strace", "-f", "-qq", "--seccomp-bpf", *trace) if trace else ()
+    prefix = ("strace", "-f", "-qq", *trace) if trace else ()
     return subprocess.run([*prefix, sys.executable, "-c", SAVER, str(directory)], capture_output=True, text=True, timeout=120, **options)
 
 
