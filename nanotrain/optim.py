@@ -28,7 +28,7 @@ class OptimConfig:
     """Peak rate of AdamW."""
     muon_lr: float = 0.02
     """Peak rate of Muon, per matrix times sqrt(max(1, rows / columns))."""
-    tuned_batch: int = 4096
+    tuned_batch: int = 2048
     """Batch at which the rates above were chosen [tokens]; another batch prints what linear scaling suggests."""
     beta1: float = 0.9
     """AdamW's decay of the first moment."""

@@ -445,9 +445,10 @@ class Loop:
             return
         self.val = score
         seconds = time.perf_counter() - started
-        better = p.best_bpb is None or score.bits_per_byte < p.best_bpb
-        p.best_bpb = score.bits_per_byte if better else p.best_bpb
-        p.validations_since_best = 0 if better else p.validations_since_best + 1
+        if max_tokens or p.best_bpb is None:  # the last validation scores more documents: no comparison with the others
+            better = p.best_bpb is None or score.bits_per_byte < p.best_bpb
+            p.best_bpb = score.bits_per_byte if better else p.best_bpb
+            p.validations_since_best = 0 if better else p.validations_since_best + 1
         row = dict(
             step=p.step,
             val_loss=score.nats_per_token,
