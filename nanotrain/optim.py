@@ -24,7 +24,7 @@ class OptimConfig:
 
     name: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the hidden matrices and AdamW for the rest; adamw: AdamW for everything."""
-    lr: float = 3e-3
+    lr: float = 0.03
     """Peak rate of AdamW."""
     muon_lr: float = 0.02
     """Peak rate of Muon, per matrix times sqrt(max(1, rows / columns))."""

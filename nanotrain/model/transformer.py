@@ -128,7 +128,7 @@ _LLAMA = dict(activation="swiglu", norm="rms", positions="rope", tied=False, nor
 _GPT2 = dict(vocab_size=50257, context=1024, positions="learned", norm="layer", norm_eps=1e-5, activation="gelu", bias=True, tied=True)
 _QWEN3 = dict(_LLAMA, vocab_size=151936, head_dim=128, kv_heads=8, context=40960, rope_theta=1e6, norm_eps=1e-6, qk_norm=True)
 PRESETS: dict[str, dict] = {
-    "nano": dict(width=256, layers=2, heads=4, context=512, qk_norm=True, tied=True),
+    "nano": dict(width=256, layers=2, heads=4, context=512, qk_norm=True, tied=False),
     "gpt2-124m": dict(_GPT2, width=768, layers=12, heads=12),
     "gpt2-1558m": dict(_GPT2, width=1600, layers=48, heads=25),
     "llama2-7b": dict(_LLAMA, vocab_size=32000, width=4096, layers=32, heads=32, ffn_width=11008, context=4096),
