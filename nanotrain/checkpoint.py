@@ -50,12 +50,11 @@ def save(parent: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], s
 
     Raises OSError (full disk, read-only directory) with nothing changed but a temporary directory removed.
     """
-    parent.mkdir(parents=True, exist_ok=True)
     final = parent / f"step-{step:08d}"
     temporary = parent / f".tmp-{final.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         files = {f"{name}.safetensors": write_tensors(temporary / f"{name}.safetensors", group) for name, group in tensors.items()}
         files["state.json"] = _write(temporary / "state.json", [json.dumps(state, indent=1).encode()])
         manifest = dict(format=FORMAT, step=step, val_loss=state.get("val_loss"), files=files)
@@ -65,9 +64,13 @@ def save(parent: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], s
             _remove(final)
         temporary.rename(final)
         _sync_directory(parent)
-    except BaseException:
+    except OSError as error:
+        older = [d.name for d in directories(parent)[-1:]]
+        kept = f"{older[0]} stands" if older else "there is none yet"
+        text = f"{error.strerror}: checkpoint of step {step} not saved, {kept}; make room, then go on with --resume auto"
+        raise OSError(error.errno, text, error.filename) from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return final
 
 

@@ -24,8 +24,8 @@ class OptimConfig:
 
     name: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the hidden matrices and AdamW for the rest; adamw: AdamW for everything."""
-    lr: float = 0.03
-    """Peak rate of AdamW."""
+    lr: float = 0.0
+    """Peak rate of AdamW; 0 takes 0.03 beside Muon, where it has embeddings, head and norms, and 0.003 alone."""
     muon_lr: float = 0.02
     """Peak rate of Muon, per matrix times sqrt(max(1, rows / columns))."""
     tuned_batch: int = 2048
@@ -53,12 +53,17 @@ class OptimConfig:
     floor: float = 0.02
     """Rate at the end [share of the peak]."""
 
+    @property
+    def adamw_lr(self) -> float:
+        """AdamW's peak rate, the default filled in."""
+        return self.lr or (0.03 if self.name == "muon" else 0.003)
+
 
 def check_optim(c: OptimConfig) -> None:
     """Raise ValueError naming the flag for values that make no sense."""
-    for name in ("lr", "muon_lr", "eps"):
+    for name in ("adamw_lr", "muon_lr", "eps"):
         if not getattr(c, name) > 0:
-            raise ValueError(f"--optim.{name} {getattr(c, name)}: must be positive")
+            raise ValueError(f"--optim.{name.removeprefix('adamw_')} {getattr(c, name)}: must be positive")
     for name in ("beta1", "beta2", "muon_momentum", "warmup", "decay", "floor"):
         if not 0 <= getattr(c, name) <= 1:
             raise ValueError(f"--optim.{name} {getattr(c, name)}: must lie in [0, 1]")
@@ -197,7 +202,7 @@ class Optimizer:
             masters = [self.masters[n] for n in names] if self.masters else None
             adamw_(
                 [self.params[n] for n in names], [grads[n] for n in names], [self.exp_avgs[n] for n in names], [self.exp_avg_sqs[n] for n in names],
-                lr=c.lr * factor, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=decay, step=self.steps, grad_scale=scale,
+                lr=c.adamw_lr * factor, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=decay, step=self.steps, grad_scale=scale,
                 found_nonfinite=skipped, masters=masters,
             )  # fmt: skip
 

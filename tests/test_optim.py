@@ -152,7 +152,7 @@ def test_micro_batches_are_summed_in_fp32():
     assert all(p.grad is None for p in model.parameters()) and not optimizer.sums
 
 
-@pytest.mark.parametrize("option", [dict(lr=0.0), dict(floor=2.0), dict(warmup=0.6, decay=0.6), dict(beta2=-0.1)])
+@pytest.mark.parametrize("option", [dict(lr=-1.0), dict(floor=2.0), dict(warmup=0.6, decay=0.6), dict(beta2=-0.1)])
 def test_bad_values_name_their_flag(option):
     with pytest.raises(ValueError, match=f"--optim.{next(iter(option))}"):
         check_optim(OptimConfig(**option))

@@ -352,7 +352,7 @@ class Loop:
             ratio = batch / c.optim.tuned_batch
             say(
                 f"pretrain: rates were tuned at {c.optim.tuned_batch:,} tokens a step; the linear scaling rule suggests"
-                f" --optim.lr={c.optim.lr * ratio:.3g} --optim.muon_lr={c.optim.muon_lr * ratio:.3g} --optim.tuned_batch={batch}"
+                f" --optim.lr={c.optim.adamw_lr * ratio:.3g} --optim.muon_lr={c.optim.muon_lr * ratio:.3g} --optim.tuned_batch={batch}"
             )
         say(f"memory: {t.plan}")
         if c.run.deterministic and t.device.type == "cuda":
@@ -370,7 +370,7 @@ class Loop:
         rate = tokens / seconds
         ceiling = peak_flops(t.device)
         row = dict(
-            step=p.step, loss=loss, lr=c.optim.lr * factor, grad_norm=norm, clipped=int(clipped), skipped=int(skipped), tokens=p.tokens,
+            step=p.step, loss=loss, lr=c.optim.adamw_lr * factor, grad_norm=norm, clipped=int(clipped), skipped=int(skipped), tokens=p.tokens,
             tokens_per_s=round(rate, 1), step_s=round(seconds, 6), data_s=round(waited, 6), checkpoint_s=round(self.checkpoint_seconds, 6),
             mfu=round(rate * self.flops_per_token / ceiling, 4) if ceiling else None, peak_memory_bytes=peak.bytes(),
             epoch=round(p.cursor / t.loader.rows, 4),
@@ -473,14 +473,7 @@ class Loop:
         if self.last_saved == p.step:
             return
         started = time.perf_counter()
-        try:
-            path = checkpoint.save(self.folder.checkpoints, p.step, self.t.tensors(), self.t.state())
-        except OSError as error:
-            older = [d.name for d in checkpoint.directories(self.folder.checkpoints)[-1:]]
-            kept = f"{older[0]} stands" if older else "there is none yet"
-            raise OSError(
-                error.errno, f"{error.strerror}: checkpoint of step {p.step} not saved, {kept}; make room, then --resume auto", error.filename
-            ) from None
+        path = checkpoint.save(self.folder.checkpoints, p.step, self.t.tensors(), self.t.state())
         self.last_saved = p.step
         removed = [r.name for r in checkpoint.retain(self.folder.checkpoints, self.c.checkpoint.keep)]
         self.checkpoint_seconds += time.perf_counter() - started
