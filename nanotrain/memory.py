@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,26 +128,26 @@ def _meminfo(key: str) -> int:
 
 
 class PeakMemory:
-    """Peak memory since this was made: the allocator's on a GPU, the process's resident growth on a CPU."""
+    """Peak memory since this was made: the allocator's on a GPU, the growth of the process's resident memory on a CPU."""
 
     def __init__(self, device: torch.device):
-        self.device = device
-        self.base = _resident()
+        self.device, self.base = device, 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
+            self.base = self.bytes()
 
     def bytes(self) -> int:
         """The peak so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.base
-
-
-def _resident() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+        try:
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024 - self.base
+        except (OSError, IndexError):
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.base
 
 
 def format_bytes(count: float) -> str:

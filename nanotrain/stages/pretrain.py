@@ -172,6 +172,7 @@ class Training:
             c.model, dtype=self.dtype, length=c.train.length, rows=c.train.micro_batch, accumulate=c.train.accumulate,
             muon=c.optim.name == "muon", device=device,
         )  # fmt: skip
+        self.peak = memory.PeakMemory(device)
         self.model = build_model(c.model, seed=c.run.seed, dtype=self.dtype, device=device)
         self.optimizer = Optimizer(self.model, c.optim)
         self.progress = Progress()
@@ -280,7 +281,6 @@ class Loop:
         """Train until the budget, a signal or an early stop; returns the exit code."""
         c, t, p = self.c.train, self.t, self.t.progress
         self.announce()
-        peak = memory.PeakMemory(t.device)
         reason = ""
         first = p.step
         while True:
@@ -316,7 +316,7 @@ class Loop:
                 if self.rolled_back(loss):
                     continue
                 p.skipped_in_a_row = p.skipped_in_a_row + 1 if skipped else 0
-                self.log(loss, factor, norm, clipped, skipped, waited, peak)
+                self.log(loss, factor, norm, clipped, skipped, waited)
                 if skipped:
                     self.folder.event("skipped", step=p.step, loss=repr(loss), grad_norm=repr(norm))
                     if p.skipped_in_a_row >= c.max_skipped:
@@ -325,11 +325,11 @@ class Loop:
                     self.remember(loss)
             if p.step == first + 1:
                 self.folder.say(
-                    f"memory: {memory.format_bytes(peak.bytes())} at the peak of step {p.step}, {memory.format_bytes(t.plan.total)} planned"
+                    f"memory: {memory.format_bytes(t.peak.bytes())} at the peak of step {p.step}, {memory.format_bytes(t.plan.total)} planned"
                 )
-                self.folder.event("memory", measured_bytes=peak.bytes(), planned_bytes=t.plan.total)
+                self.folder.event("memory", measured_bytes=t.peak.bytes(), planned_bytes=t.plan.total)
             reason = self.between_steps()
-        return self.finish(reason, peak)
+        return self.finish(reason)
 
     def share_done(self, ahead: bool = False) -> float:
         """Share of the budget used; with `ahead`, once the coming step is done."""
@@ -361,7 +361,7 @@ class Loop:
             say(f"pretrain: deterministic kernels take {cost:.2f} times as long as the fastest")
         self.flops_per_token = 6 * count + 6 * c.model.layers * c.model.heads * c.model.head_dim * c.train.length
 
-    def log(self, loss, factor, norm, clipped, skipped, waited, peak) -> None:
+    def log(self, loss, factor, norm, clipped, skipped, waited) -> None:
         """A row of metrics.jsonl and a line on the console."""
         c, p, t = self.c, self.t.progress, self.t
         tokens = self.rows * c.train.length
@@ -372,7 +372,7 @@ class Loop:
         row = dict(
             step=p.step, loss=loss, lr=c.optim.adamw_lr * factor, grad_norm=norm, clipped=int(clipped), skipped=int(skipped), tokens=p.tokens,
             tokens_per_s=round(rate, 1), step_s=round(seconds, 6), data_s=round(waited, 6), checkpoint_s=round(self.checkpoint_seconds, 6),
-            mfu=round(rate * self.flops_per_token / ceiling, 4) if ceiling else None, peak_memory_bytes=peak.bytes(),
+            mfu=round(rate * self.flops_per_token / ceiling, 4) if ceiling else None, peak_memory_bytes=t.peak.bytes(),
             epoch=round(p.cursor / t.loader.rows, 4),
         )  # fmt: skip
         if t.optimizer.dynamic_scale:
@@ -480,7 +480,7 @@ class Loop:
         self.folder.event("checkpoint", step=p.step, seconds=round(time.perf_counter() - started, 4), removed=removed)
         self.folder.say(f"step {p.step:>6,}  checkpoint: {path}")
 
-    def finish(self, reason: str, peak: memory.PeakMemory) -> int:
+    def finish(self, reason: str) -> int:
         """The last validation and checkpoint, and a summary."""
         p = self.t.progress
         stopped = self.folder.stop_signal is not None
@@ -488,7 +488,7 @@ class Loop:
             self.validate(0)
         self.save()
         summary = dict(
-            reason=reason, step=p.step, tokens=p.tokens, seconds=round(p.seconds, 3), rows_read=p.cursor, peak_memory_bytes=peak.bytes(),
+            reason=reason, step=p.step, tokens=p.tokens, seconds=round(p.seconds, 3), rows_read=p.cursor, peak_memory_bytes=self.t.peak.bytes(),
             val_loss=self.val.nats_per_token if self.val else None, val_bpb=self.val.bits_per_byte if self.val else None,
             state_sha256=checkpoint.fingerprint(self.t.tensors(), {"cursor": p.cursor, "step": p.step, "tokens": p.tokens}),
         )  # fmt: skip
