@@ -210,13 +210,14 @@ class Training:
 def step(model: Transformer, optimizer: Optimizer, batches: list[Batch], factor: float, seed: int) -> tuple[torch.Tensor, StepResult]:
     """One update from several micro-batches; returns the mean loss over all their counted tokens, and what was done."""
     denominator = sum(batch.counted for batch in batches)
-    total = torch.zeros((), device=batches[0].tokens_BT.device)
+    parts = []
     for batch in batches:
         loss = forward(model, batch, denominator, seed)
         (loss * optimizer.loss_scale).backward()
         if len(batches) > 1:
             optimizer.accumulate()
-        total += loss.detach()
+        parts.append(loss.detach())
+    total = torch.stack(parts).sum()
     return total, optimizer.step(factor, total)
 
 
