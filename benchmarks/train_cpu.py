@@ -56,7 +56,7 @@ class PlainLoop:
             x = x + F.linear(
                 F.silu(F.linear(h, w[p + "mlp.gate_proj.weight"])) * F.linear(h, w[p + "mlp.up_proj.weight"]), w[p + "mlp.down_proj.weight"]
             )
-        return F.linear(F.rms_norm(x, (c.width,), w["head.norm.weight"], c.norm_eps), w["embed.weight"])
+        return F.linear(F.rms_norm(x, (c.width,), w["head.norm.weight"], c.norm_eps), w.get("head.weight", w["embed.weight"]))
 
     def step(self):
         batch = self.loader.batch(self.cursor, self.rows)
@@ -69,7 +69,7 @@ class PlainLoop:
         torch.nn.utils.clip_grad_norm_(self.w.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss.item()
 
 
 class Ours:
