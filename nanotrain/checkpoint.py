@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,16 +95,29 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any
     return _write(path, parts())
 
 
+_UNHASHED = 1 << 30
+"""Bytes written but not yet hashed that a save holds on to at most."""
+
+
 def _write(path: Path, parts) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
+    digest, size, hashed = hashlib.sha256(), 0, 0
+
+    def update(part):
+        nonlocal hashed
+        digest.update(part)
+        hashed += memoryview(part).nbytes
+
     try:
-        with path.open("xb", buffering=0) as file:
+        # Hashing takes about as long as writing and syncing, so it runs beside them; neither holds the interpreter.
+        with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
             for part in parts:
-                digest.update(part)
+                last = hasher.submit(update, part)
                 view = memoryview(part)
                 while view:  # a short write goes on where it stopped; a full disk raises
-                    written = file.write(view[: 1 << 26])
+                    written = file.write(view[: 1 << 24])
                     view, size = view[written:], size + written
+                if size - hashed > _UNHASHED:
+                    last.result()
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not know its file
