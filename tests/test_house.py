@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,10 @@ def test_public_things_have_docstrings():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path}:{node.lineno}: {node.name} has no docstring"
+
+
+def test_every_room_is_packaged():
+    """A wheel holds each package, `kernels/` under the name nanotrain.kernels."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    rooms = {module_of(p) for p in SOURCES if p.name == "__init__.py"}
+    assert set(setup["packages"]) == rooms and setup["package-dir"]["nanotrain.kernels"] == "kernels"
