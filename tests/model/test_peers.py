@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanotrain.model.transformer import ModelConfig, build_model, rope_frequencies
+from nanotrain.model.transformer import ModelConfig, rope_frequencies
 from tests.model.test_transformer import build, logits, tokens_of
 
 pytestmark = [
@@ -165,15 +165,3 @@ def test_gpt2():
     missing, unexpected = theirs.load_state_dict({k: v.detach() for k, v in state.items()}, strict=False)
     assert not unexpected and missing in ([], ["lm_head.weight"])
     agree(ours, theirs.double().eval())
-
-
-def test_build_model_is_double_where_asked():
-    assert (
-        build_model(
-            ModelConfig(vocab_size=9, width=8, heads=2, layers=1).resolved(frozenset(["width", "heads", "layers"])),
-            seed=0,
-            dtype=torch.float64,
-            device="cpu",
-        ).embed.weight.dtype
-        == torch.float64
-    )
