@@ -485,6 +485,7 @@ class Loop:
         """The last validation and checkpoint, and a summary."""
         p = self.t.progress
         stopped = self.folder.stop_signal is not None
+        self.val = None  # a validation on the way scored only a part: it is no result
         if not stopped:
             self.validate(0)
         self.save()
