@@ -25,18 +25,20 @@ class OptimConfig:
     name: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the hidden matrices and AdamW for the rest; adamw: AdamW for everything."""
     lr: float = 0.0
-    """Peak rate of AdamW; 0 takes 0.03 beside Muon, where it has embeddings, head and norms, and 0.003 alone."""
+    """Peak rate of AdamW; 0 takes 0.01 beside Muon, where it has embeddings, head, norms and biases, and 0.003 alone."""
+    embedding_lr: float = 0.0
+    """Peak rate of AdamW for embeddings, tied ones too; 0 takes 0.1 beside Muon, and `lr` alone."""
     muon_lr: float = 0.02
     """Peak rate of Muon, per matrix times sqrt(max(1, rows / columns))."""
     tuned_batch: int = 2048
     """Batch at which the rates above were chosen [tokens]; another batch prints what linear scaling suggests."""
-    beta1: float = 0.9
+    beta1: float = 0.8
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
     """AdamW's decay of the second moment."""
     eps: float = 1e-10
     """Added to AdamW's denominator."""
-    muon_momentum: float = 0.95
+    muon_momentum: float = 0.85
     """Muon's Nesterov momentum."""
     weight_decay: float = 0.0
     """Decoupled decay, times the rate; never on norms and biases."""
@@ -56,12 +58,17 @@ class OptimConfig:
     @property
     def adamw_lr(self) -> float:
         """AdamW's peak rate, the default filled in."""
-        return self.lr or (0.03 if self.name == "muon" else 0.003)
+        return self.lr or (0.01 if self.name == "muon" else 0.003)
+
+    @property
+    def adamw_embedding_lr(self) -> float:
+        """AdamW's peak rate for embeddings, the default filled in."""
+        return self.embedding_lr or (0.1 if self.name == "muon" else self.adamw_lr)
 
 
 def check_optim(c: OptimConfig) -> None:
     """Raise ValueError naming the flag for values that make no sense."""
-    for name in ("adamw_lr", "muon_lr", "eps"):
+    for name in ("adamw_lr", "adamw_embedding_lr", "muon_lr", "eps"):
         if not getattr(c, name) > 0:
             raise ValueError(f"--optim.{name.removeprefix('adamw_')} {getattr(c, name)}: must be positive")
     for name in ("beta1", "beta2", "muon_momentum", "warmup", "decay", "floor"):
@@ -197,12 +204,16 @@ class Optimizer:
 
     def _step_adamw(self, grads, factor, scale, skipped):
         c = self.c
-        decayed = [n for n in self.adamw if self.params[n].dim() == 2 and (c.decay_embeddings or n.startswith("blocks."))]
-        for names, decay in ((decayed, c.weight_decay), ([n for n in self.adamw if n not in set(decayed)], 0.0)):
+        groups: dict[tuple[float, float], list[str]] = {}
+        for name in self.adamw:
+            decayed = self.params[name].dim() == 2 and (c.decay_embeddings or name.startswith("blocks."))
+            rate = c.adamw_embedding_lr if name.startswith("embed") else c.adamw_lr
+            groups.setdefault((rate * factor, c.weight_decay if decayed else 0.0), []).append(name)
+        for (rate, decay), names in groups.items():
             masters = [self.masters[n] for n in names] if self.masters else None
             adamw_(
                 [self.params[n] for n in names], [grads[n] for n in names], [self.exp_avgs[n] for n in names], [self.exp_avg_sqs[n] for n in names],
-                lr=c.adamw_lr * factor, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=decay, step=self.steps, grad_scale=scale,
+                lr=rate, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=decay, step=self.steps, grad_scale=scale,
                 found_nonfinite=skipped, masters=masters,
             )  # fmt: skip
 

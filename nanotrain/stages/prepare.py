@@ -41,7 +41,7 @@ class SourceConfig:
     """Documents held out for validation, chosen by their hash [share]."""
     tokenizer: str = "train"
     """`train`, or a tokenizer.model to use as it is."""
-    tokenizer_kind: Literal["bpe", "unigram"] = "bpe"
+    tokenizer_kind: Literal["bpe", "unigram"] = "unigram"
     """Kind of sentencepiece model to train."""
     tokenizer_text: int = 64
     """Text to train the tokenizer on at most [MB], drawn from the training split by hash."""

@@ -54,11 +54,11 @@ class TrainConfig:
     """Budget [tokens]."""
     seconds: float = 0.0
     """Budget [seconds of training steps, without validation and checkpoints]; resume is then not bitwise."""
-    micro_batch: int = 8
+    micro_batch: int = 16
     """Rows of a forward and backward."""
     accumulate: int = 1
     """Micro-batches of a step."""
-    length: int = 256
+    length: int = 128
     """Tokens of a row."""
     dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
     """Parameters and activations; fp32 masters are kept for the narrow ones, and float16 scales its loss dynamically."""
@@ -173,6 +173,8 @@ class Training:
             muon=c.optim.name == "muon", device=device,
         )  # fmt: skip
         self.peak = memory.PeakMemory(device)
+        if device.type == "cpu":
+            memory.keep_freed_memory()
         self.model = build_model(c.model, seed=c.run.seed, dtype=self.dtype, device=device)
         self.optimizer = Optimizer(self.model, c.optim)
         self.progress = Progress()
