@@ -8,13 +8,17 @@ Visible: every key, or with `causal` those with p_j <= p_i, or with `window` = w
 always visible. A query that sees no key gives zeros, log-sum-exp -inf and zero gradients.
 
 Shapes: q (B, T, H, D), k (B, S, K, D), v (B, S, K, Dv), H a multiple of K; out (B, T, H, Dv); log-sum-exp (B, H, T) in fp32.
-Accumulation in fp32 (float64 for float64). FLOPs forward: 2 * B * H * T * S * (D + Dv), half of it when causal.
+Scores, softmax and their gradients in fp32 (float64 for float64). Plain self-attention, causal or full, rounds probabilities and scores'
+gradients to the inputs' dtype before they multiply v, k and q, as every flash attention does; those products accumulate in fp32 and round
+their results. Any other call computes in fp32 throughout and rounds its results only.
+FLOPs forward: 2 * B * H * T * S * (D + Dv), half of it when causal.
 Sources: Vaswani et al. 2017; Dao et al. 2022 (arXiv 2205.14135); ALiBi: arXiv 2108.12409; sinks: arXiv 2309.17453.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +35,6 @@ _SCORES = 1 << 23
 _QUERIES = 128
 """Queries of a block of the causal path: keys after a block's last query are not multiplied at all."""
 
-
 _GRAIN = 64
 """Packed documents are padded to multiples of this many tokens where a mask hides the padding."""
 
@@ -39,8 +42,10 @@ _GRAIN = 64
 class _Causal(torch.autograd.Function):
     """Causal self-attention (or, not `causal`, full attention) of q, k, v (B, H, T | S, D) that keeps its probabilities.
 
-    For short rows on a CPU, where torch's fused operator spends most of its time on tiny tiles. Matrix products run in the
-    inputs' dtype with fp32 accumulation, the softmax in fp32.
+    For short rows on a CPU, where the backward of torch's fused operator spends most of its time on tiny tiles. Both products
+    whose results meet an exponential or a difference, q k^T and grad v^T, run in fp32: rounded scores would be wrong by far more than
+    rounded probabilities, and large fp16 scores overflow. The other products run in the inputs' dtype with fp32 accumulation; the
+    gradients of keys and values are then summed over blocks in fp32.
     """
 
     @staticmethod
@@ -49,32 +54,33 @@ class _Causal(torch.autograd.Function):
         S = k.shape[2]
         wide = compute_dtype(q)
         q, k, v = (x.reshape(B * H, x.shape[2], x.shape[3]) for x in (q, k, v))
-        out = torch.empty(B * H, T, v.shape[2], dtype=q.dtype, device=q.device)
+        q_scaled, k_wide = q.to(wide) * scale, k.to(wide)
+        out = torch.empty_like(q)
         parts = []
         for first, last, seen in _Causal.blocks(T, S, causal):
-            scores = torch.bmm(q[:, first:last], k[:, :seen].mT).to(wide).mul_(scale)
+            scores = torch.bmm(q_scaled[:, first:last], k_wide[:, :seen].mT)
             if causal:
                 scores[:, :, first:].masked_fill_(torch.ones(last - first, last - first, dtype=torch.bool, device=q.device).triu_(1), -math.inf)
             p = torch.softmax(scores, -1).to(q.dtype)
             out[:, first:last] = torch.bmm(p, v[:, :seen])
             parts.append(p)
-        ctx.save_for_backward(q, k, v, out, *parts)
+        ctx.save_for_backward(q, k, v, *parts)
         ctx.scale, ctx.causal, ctx.shape = scale, causal, (B, H)
         return out.view(B, H, T, -1)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out, *parts = ctx.saved_tensors
-        grad = grad.reshape(out.shape)
+        q, k, v, *parts = ctx.saved_tensors
+        grad = grad.reshape(q.shape)
         wide = compute_dtype(q)
-        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
-        delta = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+        grad_scaled, v_wide = grad.to(wide) * ctx.scale, v.to(wide)
+        grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
         for (first, last, seen), p in zip(_Causal.blocks(q.shape[1], k.shape[1], ctx.causal), parts, strict=True):
-            up = grad[:, first:last]
-            grad_v[:, :seen] += torch.bmm(p.mT, up)
-            scores = torch.bmm(up, v[:, :seen].mT).to(wide).sub_(delta[:, first:last]).mul_(p).mul_(ctx.scale).to(q.dtype)
-            grad_q[:, first:last] = torch.bmm(scores, k[:, :seen])
-            grad_k[:, :seen] += torch.bmm(scores.mT, q[:, first:last])
+            grad_v[:, :seen] += torch.bmm(p.mT, grad[:, first:last])
+            grad_p = torch.bmm(grad_scaled[:, first:last], v_wide[:, :seen].mT)
+            grad_s = torch._softmax_backward_data(grad_p, p.to(wide), -1, wide).to(q.dtype)
+            grad_q[:, first:last] = torch.bmm(grad_s, k[:, :seen])
+            grad_k[:, :seen] += torch.bmm(grad_s.mT, q[:, first:last])
         return *(g.to(q.dtype).view(*ctx.shape, *g.shape[1:]) for g in (grad_q, grad_k, grad_v)), None, None
 
     @staticmethod
@@ -121,6 +127,12 @@ def _block(q, k, v, sinks, bias, q_first, k_first, head_start, causal, window, s
     return probabilities @ v, lse
 
 
+def _bias_part(bias, rows, columns):
+    """The bias of these rows and columns; a dimension of one stays as it is, for it is broadcast."""
+    bias = bias if bias.shape[-2] == 1 else bias[..., rows, :]
+    return bias if bias.shape[-1] == 1 else bias[..., columns]
+
+
 def _dense(
     q, k, v, *, causal, window, softcap, scale, sinks, alibi_slopes, bias, prefix_len, q_start, k_start, head_start, dropout_p, seed, return_lse
 ):
@@ -128,7 +140,7 @@ def _dense(
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     q_start = k_start + S - T if q_start is None else q_start
-    if window is not None and k_start > q_start + T - 1 - window and q_start >= k_start:
+    if window is not None and k_start > q_start + T - 1 - window:
         window = None  # it hides nothing here
     extras = (window, softcap, sinks, alibi_slopes, bias, prefix_len)
     sees_all = not causal or (T == 1 and q_start - k_start >= S - 1)
@@ -155,7 +167,7 @@ def _dense(
         if causal and prefix_len is None:
             high = min(S, max(0, q_start + last - k_start))
             low = 0 if window is None else min(high, max(0, q_start + first - window + 1 - k_start))
-        block_bias = None if bias is None else bias[..., first:last, low:high].to(dtype)
+        block_bias = None if bias is None else _bias_part(bias, slice(first, last), slice(low, high)).to(dtype)
         arguments = (q[:, :, first:last], k[:, :, low:high], v[:, :, low:high], None if sinks is None else sinks.to(dtype), block_bias,
                      q_start + first, k_start + low, head_start, causal, window, softcap, scale, slopes, prefix_len, dropout_p, seed)  # fmt: skip
         if torch.is_grad_enabled() and step < T:
@@ -169,19 +181,35 @@ def _dense(
     return torch.cat(outs, 2).transpose(1, 2), torch.cat(lses, 2)
 
 
+def _lengths(name, offsets, total):
+    """Lengths of the documents between offsets, which must run from 0 to total."""
+    ends = offsets.tolist()
+    lengths = [end - start for start, end in pairwise(ends)]
+    if ends[:1] != [0] or ends[-1:] != [total] or min(lengths, default=-1) < 0:
+        raise ValueError(f"flash_attention: {name} must rise from 0 to the {total} tokens held, got {str(ends)[:80]}")
+    return lengths
+
+
 def flash_attention_reference(
     q_BTHD, k_BSKD, v_BSKD, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
     cu_seqlens=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False,
 ):  # fmt: skip
     """Attention in plain PyTorch; packed documents of equal length share a batch."""
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
+    bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
     common = dict(causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, q_start=q_start, k_start=k_start,
                   head_start=head_start, dropout_p=dropout_p, return_lse=return_lse)  # fmt: skip
     if cu_seqlens is None:
         out, lse = _dense(q_BTHD, k_BSKD, v_BSKD, alibi_slopes=alibi_slopes, bias=bias, prefix_len=prefix_len, seed=seed, **common)
     else:
-        lengths_q = cu_seqlens.diff().tolist()
-        lengths_k = lengths_q if cu_seqlens_k is None else cu_seqlens_k.diff().tolist()
+        lengths_q = _lengths("cu_seqlens", cu_seqlens, q_BTHD.shape[1])
+        S = k_BSKD.shape[1]
+        lengths_k = _lengths("cu_seqlens", cu_seqlens, S) if cu_seqlens_k is None else _lengths("cu_seqlens_k", cu_seqlens_k, S)
+        if len(lengths_q) != len(lengths_k):
+            raise ValueError(f"flash_attention: cu_seqlens has {len(lengths_q)} documents, cu_seqlens_k {len(lengths_k)}")
+        longest = (max(lengths_q), max(lengths_k))
+        if bias is not None and any(1 != n < length for n, length in zip(bias.shape[-2:], longest, strict=True)):
+            raise ValueError(f"flash_attention: bias {tuple(bias.shape)} does not reach the longest document, {longest[0]} x {longest[1]}")
         q, k, v = q_BTHD[0].split(lengths_q), k_BSKD[0].split(lengths_k), v_BSKD[0].split(lengths_k)
         # Under a causal mask a document may be padded at its end: no query of its own sees that. Few lengths make few, full batches.
         grain = _GRAIN if causal and cu_seqlens_k is None and q_start is None and prefix_len is None and bias is None else 1
@@ -190,17 +218,16 @@ def flash_attention_reference(
             groups.setdefault((-(-t // grain) * grain, -(-s // grain) * grain), []).append(document)
         outs, lses = [None] * len(lengths_q), [None] * len(lengths_q)
 
-        def pick(value, documents):  # per-document values, where one was given
-            return value[documents] if isinstance(value, torch.Tensor) and value.dim() else value
+        def pick(value, documents, shared=0):  # the documents' own values, unless value has only dimensions that they share
+            return value[documents] if isinstance(value, torch.Tensor) and value.dim() > shared else value
 
         def stack(parts, documents, length):
             return torch.stack([F.pad(parts[d], (0, 0, 0, 0, 0, length - len(parts[d]))) if len(parts[d]) < length else parts[d] for d in documents])
 
         for (t, s), documents in groups.items():
-            slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[documents]
-            out, lse = _dense(stack(q, documents, t), stack(k, documents, s), stack(v, documents, s), alibi_slopes=slopes,
-                              bias=None if bias is None else bias[..., :t, :s], prefix_len=pick(prefix_len, documents),
-                              seed=pick(seed, documents), **common)  # fmt: skip
+            own_bias = None if bias is None else _bias_part(bias if len(bias) == 1 else bias[documents], slice(t), slice(s))
+            out, lse = _dense(stack(q, documents, t), stack(k, documents, s), stack(v, documents, s), alibi_slopes=pick(alibi_slopes, documents, 1),
+                              bias=own_bias, prefix_len=pick(prefix_len, documents), seed=pick(seed, documents), **common)  # fmt: skip
             for index, document in enumerate(documents):
                 outs[document] = out[index, : lengths_q[document]]
                 lses[document] = None if lse is None else lse[index, :, : lengths_q[document]]
@@ -223,14 +250,15 @@ def flash_attention(
     scale         of the scores, default D ** -0.5
     sinks         (H,) logits that join each softmax's denominator; differentiable
     alibi_slopes  (H,) or (B, H); the score of a pair falls by slope * distance
-    bias          broadcastable to (B, H, T, S), added to the scores; differentiable; with cu_seqlens it is indexed inside each document
+    bias          broadcastable to (B, H, T, S), added to the scores; differentiable; with cu_seqlens to (documents, H, t, s) where t and s
+                  are at least the longest document's: each document takes the first rows and columns of its own
     prefix_len    int or (B,): the first keys are visible to every query (prefix LM; needs causal)
     cu_seqlens    (documents + 1,) int32 offsets of packed documents along T; B is 1; documents never see each other; `cu_seqlens_k` where
                   keys are cut elsewhere; B-shaped arguments then have one entry per document
     q_start, k_start, head_start   global index of the first query (None: k_start + S - T), key and head held here
     dropout_p, seed   dropout of probabilities [0, 1); drawn from (seed, head, query, key), so it never depends on the layout;
                   seed: int, or int64 (B,), one per document with cu_seqlens
-    return_lse    also return the log-sum-exp (B, H, T) in fp32, differentiable
+    return_lse    also return the log-sum-exp (B, H, T) in fp32 (float64 for float64), differentiable
     deterministic ask for a backward whose bits repeat (the reference's always do)
 
     Raises ValueError naming the argument for shapes, dtypes or combinations that make no sense.
@@ -243,10 +271,14 @@ def flash_attention(
         raise ValueError(f"flash_attention: {q_BTHD.shape[2]} query heads are no multiple of {k_BSKD.shape[2]} key heads")
     if not q_BTHD.dtype == k_BSKD.dtype == v_BSKD.dtype:
         raise ValueError(f"flash_attention: dtypes differ: q {q_BTHD.dtype}, k {k_BSKD.dtype}, v {v_BSKD.dtype}")
+    if not q_BTHD.is_floating_point():
+        raise ValueError(f"flash_attention: q, k, v must be floating point, got {q_BTHD.dtype}")
     if not causal and (window is not None or prefix_len is not None):
         raise ValueError("flash_attention: window and prefix_len need causal=True")
     if window is not None and window < 1:
         raise ValueError(f"flash_attention: window={window}; a query sees at least itself, use window >= 1")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"flash_attention: softcap={softcap} must be positive; None is no cap")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"flash_attention: dropout_p={dropout_p} is not in [0, 1)")
     if dropout_p and seed is None:
@@ -255,6 +287,16 @@ def flash_attention(
         raise ValueError(f"flash_attention: cu_seqlens packs documents along T, so B must be 1, not {q_BTHD.shape[0]}")
     if cu_seqlens is None and cu_seqlens_k is not None:
         raise ValueError("flash_attention: cu_seqlens_k without cu_seqlens")
+    (B, T, H, _), S = q_BTHD.shape, k_BSKD.shape[1]
+    B = B if cu_seqlens is None else len(cu_seqlens) - 1
+    for name, value, shapes in (("sinks", sinks, [(H,)]), ("alibi_slopes", alibi_slopes, [(H,), (B, H)]), ("prefix_len", prefix_len, [(), (B,)]),
+                                ("seed", seed, [(), (B,)])):  # fmt: skip
+        if isinstance(value, torch.Tensor) and tuple(value.shape) not in shapes:
+            raise ValueError(f"flash_attention: {name} {tuple(value.shape)} must be {' or '.join(map(str, shapes))}")
+    # Inside documents T and S are each one's own, known where cu_seqlens is read.
+    limits = (S, T, H, B) if cu_seqlens is None else (None, None, H, B)
+    if bias is not None and (bias.dim() > 4 or any(n not in (1, limit or n) for n, limit in zip(bias.shape[::-1], limits, strict=False))):
+        raise ValueError(f"flash_attention: bias {tuple(bias.shape)} does not broadcast to {(B, H, T, S)}")
     choose("flash_attention", impl, q_BTHD, k_BSKD, v_BSKD)
     return flash_attention_reference(
         q_BTHD, k_BSKD, v_BSKD, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, alibi_slopes=alibi_slopes,

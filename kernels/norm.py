@@ -34,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         unit = x.to(inverse.dtype) * inverse
         grad = grad.to(inverse.dtype)
-        grad_weight = (grad * unit).flatten(0, -2).sum(0)
+        grad_weight = (grad * unit).sum_to_size(weight.shape)
         grad = grad * (weight.to(inverse.dtype) + ctx.offset)
         mean = torch.linalg.vecdot(grad, unit).div_(x.shape[-1]).unsqueeze(-1)
         grad_x = grad.sub_(unit.mul_(mean)).mul_(inverse)

@@ -60,7 +60,7 @@ def adamw_(
     seed, counter_starts  without masters, bf16 params are rounded stochastically, element i of tensor n keyed on
                           (seed, counter_starts[n] + i); needs counter_starts, so that no two tensors share their noise
 
-    Raises ValueError for lists that do not match in length or shape, or for bf16 without masters or seed.
+    Raises ValueError for lists that do not match in length, shape or device, or for bf16 without masters or seed.
     """
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if masters is not None:
@@ -73,7 +73,9 @@ def adamw_(
     if masters is None and any(p.dtype in (torch.bfloat16, torch.float16) for p in params):
         if seed is None or counter_starts is None or any(p.dtype != torch.bfloat16 for p in params):
             raise ValueError("adamw_: low-precision params need masters, or (bf16 only) seed and counter_starts")
-    choose("adamw_", impl, *params)
+        if len(counter_starts) != len(params):
+            raise ValueError(f"adamw_: {len(counter_starts)} counter_starts for {len(params)} params")
+    choose("adamw_", impl, *params, *(tensor for tensors in lists.values() for tensor in tensors))
     adamw_reference(
         params, grads, exp_avgs, exp_avg_sqs, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale,
         found_nonfinite=found_nonfinite, masters=masters, seed=seed, counter_starts=counter_starts,

@@ -43,8 +43,8 @@ def rope(q_BTHD, k_BTKD, cos, sin, *, positions=None, impl="auto"):
     """
     if cos.shape != sin.shape or cos.dim() != 2 or 2 * cos.shape[1] > q_BTHD.shape[-1]:
         raise ValueError(f"rope: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be (P, rotary/2 <= {q_BTHD.shape[-1] // 2})")
-    if q_BTHD.shape[:2] != k_BTKD.shape[:2] or q_BTHD.shape[-1] != k_BTKD.shape[-1]:
-        raise ValueError(f"rope: q {tuple(q_BTHD.shape)} and k {tuple(k_BTKD.shape)} differ in B, T or D")
+    if q_BTHD.dim() != 4 or k_BTKD.dim() != 4 or q_BTHD.shape[:2] != k_BTKD.shape[:2] or q_BTHD.shape[-1] != k_BTKD.shape[-1]:
+        raise ValueError(f"rope: q {tuple(q_BTHD.shape)} and k {tuple(k_BTKD.shape)} must be (B, T, H, D) and (B, T, K, D)")
     if positions is None and cos.shape[0] < q_BTHD.shape[1]:
         raise ValueError(f"rope: tables of {cos.shape[0]} positions, {q_BTHD.shape[1]} needed")
     if positions is not None and positions.shape != q_BTHD.shape[:2]:

@@ -4,8 +4,15 @@
     loss = (1 - e) * -logprob + e * (lse(z) - mean_v z_v) + z_loss * lse(z)^2          e = label_smoothing
 
 Shapes: hidden (N, C), weight (V, C), labels (N,) int64; results (N,) in fp32 (float64 for float64). Rows with
-labels == ignore_index give zeros. Softmax statistics in fp32. GEMM FLOPs: 2 * N * C * V each, 3 of them with
-`token_weight_N` (gradients made in the forward), 4 without (the backward recomputes each chunk's logits).
+labels == ignore_index give zeros.
+
+Matrix products run in the inputs' dtype, accumulate in fp32 inside and round their results: the logits, each row's gradient of
+hidden, each chunk's gradient of the weight. On a CPU a bf16 product is several times faster than an fp32 one, and fp32 and float64
+inputs, the oracle, lose nothing. Softmax statistics, losses, gradients of logits until they are multiplied, and the sum of the
+weight's gradient over chunks are in fp32 (float64 for float64).
+
+GEMM FLOPs: 2 * N * C * V each, 3 of them with `token_weight_N` (gradients made in the forward), 4 without (the backward
+recomputes each chunk's logits).
 Sources: chunking as in Wijmans et al. 2024 (arXiv 2411.09009) and Hsu et al. 2024 (arXiv 2410.10989).
 """
 
@@ -93,7 +100,7 @@ def _chunks(rows, columns):
 
 
 class _WeightGradient:
-    """Sum over chunks of gradient^T hidden, in fp32 whatever the inputs."""
+    """Sum over chunks of gradient^T hidden: each product in the inputs' dtype, their sum in fp32 at least."""
 
     def __init__(self, weight):
         self.sum = torch.zeros_like(weight, dtype=compute_dtype(weight))
@@ -136,7 +143,10 @@ class _General(torch.autograd.Function):
 
 
 class _Weighted(torch.autograd.Function):
-    """One scalar, sum of token_weight * loss: its gradients are made in the forward, no logits are recomputed."""
+    """One scalar, sum of token_weight * loss: its gradients are made in the forward, no logits are recomputed.
+
+    The backward scales them in fp32 before it rounds: an upstream gradient may lie outside the range of the inputs' dtype.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, o, want_entropy, token_weight):
@@ -144,7 +154,7 @@ class _Weighted(torch.autograd.Function):
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         logprob = torch.empty(len(labels), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(logprob) if want_entropy else None
-        needs = any(ctx.needs_input_grad[:2])
+        ctx.dtype, needs = hidden.dtype, any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs else None
         grad_weight = _WeightGradient(weight) if needs else None
         for part in _chunks(len(labels), weight.shape[0]):
@@ -157,14 +167,14 @@ class _Weighted(torch.autograd.Function):
                 grad_hidden[part] = gradient @ weight
                 grad_weight.add(gradient, hidden[part])
         if needs:
-            ctx.save_for_backward(o.reduce(grad_hidden, "sum"), grad_weight.sum.to(weight.dtype))
+            ctx.save_for_backward(o.reduce(grad_hidden, "sum"), grad_weight.sum)
         ctx.mark_non_differentiable(logprob, *([entropy] if want_entropy else []))
         return total, logprob, entropy
 
     @staticmethod
     def backward(ctx, grad_total, *_):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None, None, None
+        grad_hidden, grad_weight = ((g.to(grad_total.dtype) * grad_total).to(ctx.dtype) for g in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def linear_cross_entropy_reference(
@@ -193,22 +203,39 @@ def linear_cross_entropy_reference(
     return tuple(full(values) for values in results)
 
 
+def _check_softcap(op, softcap):
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{op}: softcap={softcap} must be positive; None is no cap")
+
+
+def _check_labels(op, labels, ignore_index, first, size):
+    """Refuse labels outside [first, first + size), where reading them waits for no device and they have values (FakeTensor's have none)."""
+    if labels.device.type != "cpu" or type(labels) is not torch.Tensor:
+        return
+    wrong = ((labels < first) | (labels >= first + size)) & (labels != ignore_index)
+    if wrong.any():
+        index = int(wrong.nonzero()[0])
+        raise ValueError(f"{op}: label {int(labels[index])} at index {index} is not in [{first}, {first + size}), nor ignore_index={ignore_index}")
+
+
 def linear_cross_entropy(
     hidden_NC, weight_VC, labels_N, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, token_weight_N=None, rows=None,
     temperature=1.0, vocab_start=0, reduce=None, return_entropy=False, impl="auto",
 ):  # fmt: skip
     """Per-token cross-entropy of hidden (N, C) through the output matrix weight (V, C): (loss_N, logprob_N, entropy_N or None).
 
-    All three are differentiable with a true per-token upstream gradient. Labels are int64 in [0, V) or ignore_index.
+    All three are differentiable with a true per-token upstream gradient. Labels are int64 in [0, V) or ignore_index; on a CPU
+    any other is refused, on a GPU, where to look is to wait, and with `reduce` it must not occur.
 
     token_weight_N  (N,): the first result is then the scalar sum of token_weight * loss, its gradients made in the forward (3 GEMMs in
-                    place of 4), and the other two are detached
+                    place of 4), and the other two are detached. The weights get no gradient. Gradients of fp16 logits are rounded with
+                    these weights in them, so a loss scale belongs in here, not in the upstream gradient alone
     rows            int64 indices of the rows that are not ignored, where the host knows them: only these are multiplied
     temperature     divides the (soft-capped) logits
     vocab_start, reduce   vocabulary-parallel: this weight holds rows vocab_start.. of the whole, and reduce(tensor, "max" | "sum")
                     combines over the group; the gradient of hidden is summed over it
 
-    Raises ValueError for shapes or dtypes that do not fit.
+    Raises ValueError for shapes, dtypes or labels that do not fit.
     """
     if hidden_NC.dim() != 2 or weight_VC.dim() != 2 or hidden_NC.shape[1] != weight_VC.shape[1]:
         raise ValueError(f"linear_cross_entropy: hidden {tuple(hidden_NC.shape)} and weight {tuple(weight_VC.shape)} do not fit")
@@ -220,7 +247,10 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: token_weight {tuple(token_weight_N.shape)} must be {tuple(labels_N.shape)}")
     if temperature <= 0:
         raise ValueError(f"linear_cross_entropy: temperature={temperature} must be positive")
+    _check_softcap("linear_cross_entropy", softcap)
     choose("linear_cross_entropy", impl, hidden_NC, weight_VC, labels_N)
+    if reduce is None:
+        _check_labels("linear_cross_entropy", labels_N, ignore_index, vocab_start, weight_VC.shape[0])
     return linear_cross_entropy_reference(
         hidden_NC, weight_VC, labels_N, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
         token_weight_N=token_weight_N, rows=rows, temperature=temperature, vocab_start=vocab_start, reduce=reduce, return_entropy=return_entropy,
@@ -244,13 +274,15 @@ def cross_entropy_reference(logits_NV, labels_N, *, ignore_index=-100, label_smo
 
 
 def cross_entropy(logits_NV, labels_N, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, impl="auto"):
-    """Losses (N,) in fp32 of logits (N, V) against labels (N,) int64; ignored rows give 0. Differentiable per token.
+    """Losses (N,) in fp32 (float64 for float64) of logits (N, V) against labels (N,) int64; ignored rows give 0. Differentiable per token.
 
-    Raises ValueError for shapes or dtypes that do not fit.
+    Raises ValueError for shapes or dtypes that do not fit and, on a CPU, for labels outside [0, V).
     """
     if logits_NV.dim() != 2 or labels_N.shape != logits_NV.shape[:1] or labels_N.dtype != torch.int64:
         raise ValueError(f"cross_entropy: logits {tuple(logits_NV.shape)} and labels {tuple(labels_N.shape)} {labels_N.dtype} do not fit")
+    _check_softcap("cross_entropy", softcap)
     choose("cross_entropy", impl, logits_NV, labels_N)
+    _check_labels("cross_entropy", labels_N, ignore_index, 0, logits_NV.shape[1])
     return cross_entropy_reference(logits_NV, labels_N, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
 
 

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ _DTYPES = {
 class CheckpointConfig:
     """When to save and what to keep."""
 
-    every: int = 0
-    """Steps between checkpoints; 0 saves only at the end and when stopped."""
+    every: int = 500
+    """Between checkpoints [steps]; 0 saves only at the end and when stopped."""
     keep: int = 2
-    """Newest checkpoints to keep; the one of the lowest validation loss is kept besides."""
+    """Newest ones to keep [checkpoints]; of those that a validation preceded at the same step, the best is kept besides."""
 
 
 class Damaged(Exception):
@@ -49,20 +50,25 @@ class Damaged(Exception):
 def save(parent: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> Path:
     """Write a checkpoint of `step`: a .safetensors file for each entry of `tensors`, and `state` as JSON.
 
-    Raises OSError (full disk, read-only directory) with nothing changed but a temporary directory removed.
+    One of the same step that verifies is left as it is. Raises OSError (full disk, read-only directory) with nothing changed
+    but a temporary directory removed.
     """
     final = parent / f"step-{step:08d}"
+    if final.exists():
+        with suppress(Damaged):
+            verify(final)
+            return final
     temporary = parent / f".tmp-{final.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         files = {f"{name}.safetensors": write_tensors(temporary / f"{name}.safetensors", group) for name, group in tensors.items()}
         files["state.json"] = _write(temporary / "state.json", [json.dumps(state, indent=1).encode()])
-        manifest = dict(format=FORMAT, step=step, val_loss=state.get("val_loss"), files=files)
+        manifest = dict(format=FORMAT, step=step, val_bpb=state.get("val_bpb"), files=files)
         _write(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         _sync_directory(temporary)
-        if final.exists():  # a damaged one of the same step; a good one is not saved again
-            _remove(final)
+        if final.exists():
+            _remove(final)  # it is damaged
         temporary.rename(final)
         _sync_directory(parent)
     except OSError as error:
@@ -248,7 +254,7 @@ def retain(parent: Path, keep: int) -> Iterator[Path]:
     losses = {}
     for path in paths:
         try:
-            loss = read_manifest(path)["val_loss"]
+            loss = read_manifest(path).get("val_bpb")
         except Damaged:
             continue
         if isinstance(loss, (int, float)):

@@ -146,20 +146,19 @@ def help_text(config_class: type, command: str) -> str:
         "  --config FILE",
         "      TOML file of the keys below.",
     ]
-    _help_section(config_class, "", lines)
+    _help_section(config_class(), "", lines)
     return "\n".join(lines)
 
 
-def _help_section(config_class, prefix, lines):
-    docs, hints = field_docs(config_class), get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        kind = hints[field.name]
+def _help_section(config, prefix, lines):
+    docs, hints = field_docs(type(config)), get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        kind, default = hints[field.name], getattr(config, field.name)
         if dataclasses.is_dataclass(kind):
             title = (inspect.getdoc(kind) or "").splitlines()[0]
             lines += ["", f"{field.name}: {title}"]
-            _help_section(kind, f"{field.name}.", lines)
+            _help_section(default, f"{field.name}.", lines)
         else:
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
             lines.append(f"  --{prefix}{field.name} {_type_name(kind)} (default: {_plain(default)})")
             lines += textwrap.wrap(docs.get(field.name, ""), 110, initial_indent="      ", subsequent_indent="      ")
 
@@ -243,7 +242,7 @@ def _plain(value):
         return str(value).lower()
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "empty"
-    return "empty" if value == "" else str(value)
+    return "empty" if value == "" else str(value).replace("\n", "\\n")
 
 
 def _toml_value(value):

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanotrain.kernels import token_loss
 from nanotrain.model.transformer import Dropout, ModelConfig, Transformer, parameter_count
+from nanotrain.optim import STACKED
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class MemoryPlan:
     activations_per_row: int
     """Kept for the backward, for each row of a micro-batch."""
     workspace: int
-    """The head's chunk of logits and its weight gradient in fp32."""
+    """The larger of what the head (a chunk of logits, its weight gradient in fp32) and the optimizer's update hold for a moment."""
     rows: int
     """Rows of the micro-batch planned for."""
     available: int
@@ -38,7 +39,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         kept = self.rows * self.activations_per_row
-        parts = dict(parameters=self.parameters, gradients=self.gradients, optimizer=self.optimizer, activations=kept, head=self.workspace)
+        parts = dict(parameters=self.parameters, gradients=self.gradients, optimizer=self.optimizer, activations=kept, workspace=self.workspace)
         terms = " + ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
         free = format_bytes(self.available)
         return f"plan {format_bytes(self.total)} = {terms}; {free} free; largest micro-batch {self.largest_micro_batch:,} rows"
@@ -67,9 +68,10 @@ def plan(c: ModelConfig, *, dtype: torch.dtype, length: int, rows: int, accumula
     masters = count * wide if dtype.itemsize < wide else 0
     moments = hidden * wide + (count - hidden) * 2 * wide
     gradients = count * (dtype.itemsize + (wide if accumulate > 1 else 0))
-    workspace = 3 * max(token_loss._CHUNK, 16 * c.vocab_size) * wide + c.vocab_size * c.width * wide
+    head = 3 * max(token_loss._CHUNK, 16 * c.vocab_size) * wide + c.vocab_size * c.width * wide
+    update = 5 * max(min(hidden, STACKED), c.width * c.ffn_width) * wide if muon else 0
     one, two = (activation_bytes(c, dtype=dtype, length=length, rows=n) for n in (1, 2))
-    return MemoryPlan(count * dtype.itemsize, gradients, masters + moments, two - one, workspace, rows, available_memory(device))
+    return MemoryPlan(count * dtype.itemsize, gradients, masters + moments, two - one, max(head, update), rows, available_memory(device))
 
 
 def _block_matrices(c: ModelConfig) -> int:
@@ -178,13 +180,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def out_of_memory_advice(plan: MemoryPlan, *, micro_batch: int, accumulate: int, recompute: str) -> str:
-    """The next rung of the ladder after an out-of-memory error, with its flags."""
+def ladder(*, micro_batch: int, accumulate: int, recompute: str, muon: bool) -> str:
+    """What takes less memory, the next rung first, with its flags."""
     rungs = []
     if recompute != "full":
         rungs.append(f"--model.recompute={'selective' if recompute == 'none' else 'full'}")
     if micro_batch > 1:
         smaller = max(d for d in range(1, micro_batch) if micro_batch % d == 0)
         rungs.append(f"--train.micro_batch={smaller} --train.accumulate={accumulate * (micro_batch // smaller)} (the same step)")
-    rungs.append("--train.length shorter, --optim.name=muon (one moment instead of two), or a smaller --model.preset")
-    return f"out of memory (plan: {format_bytes(plan.total)} of {format_bytes(plan.available)} free); next: " + "; then ".join(rungs)
+    if not muon:
+        rungs.append("--optim.name=muon (one moment in place of two)")
+    return "; then ".join([*rungs, "a shorter --train.length or a smaller --model.preset"])

@@ -25,27 +25,27 @@ class OptimConfig:
     name: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the hidden matrices and AdamW for the rest; adamw: AdamW for everything."""
     lr: float = 0.0
-    """Peak rate of AdamW; 0 takes 0.01 beside Muon, where it has embeddings, head, norms and biases, and 0.003 alone."""
+    """Peak rate of AdamW [per step]; 0 takes 0.01 beside Muon, where it has head, norms and biases, and 0.003 alone."""
     embedding_lr: float = 0.0
-    """Peak rate of AdamW for embeddings, tied ones too; 0 takes 0.1 beside Muon, and `lr` alone."""
+    """Peak rate of AdamW for embeddings, tied ones too [per step]; 0 takes 0.1 beside Muon, and `lr` alone."""
     muon_lr: float = 0.02
-    """Peak rate of Muon, per matrix times sqrt(max(1, rows / columns))."""
+    """Peak rate of Muon, of each matrix times sqrt(max(1, rows / columns)) [per step]."""
     tuned_batch: int = 2048
     """Batch at which the rates above were chosen [tokens]; another batch prints what linear scaling suggests."""
     beta1: float = 0.8
-    """AdamW's decay of the first moment."""
+    """AdamW's decay of the first moment [per step]."""
     beta2: float = 0.95
-    """AdamW's decay of the second moment."""
+    """AdamW's decay of the second moment [per step]."""
     eps: float = 1e-10
-    """Added to AdamW's denominator."""
+    """Added to AdamW's denominator [units of the gradient]."""
     muon_momentum: float = 0.85
-    """Muon's Nesterov momentum."""
+    """Muon's Nesterov momentum [per step]."""
     weight_decay: float = 0.0
-    """Decoupled decay, times the rate; never on norms and biases."""
+    """Decoupled decay of matrices, never of norms and biases [per step, times the rate]."""
     decay_embeddings: bool = False
     """Decay embeddings and the head too."""
     clip: float = 1.0
-    """Largest gradient norm; 0 never clips."""
+    """Largest norm of the whole gradient [norm]; 0 never clips."""
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """Shape after the warm-up: stable then linear decay (wsd), cosine, linear or constant."""
     warmup: float = 0.02
@@ -71,9 +71,17 @@ def check_optim(c: OptimConfig) -> None:
     for name in ("adamw_lr", "adamw_embedding_lr", "muon_lr", "eps"):
         if not getattr(c, name) > 0:
             raise ValueError(f"--optim.{name.removeprefix('adamw_')} {getattr(c, name)}: must be positive")
-    for name in ("beta1", "beta2", "muon_momentum", "warmup", "decay", "floor"):
+    for name in ("beta1", "beta2", "muon_momentum"):
+        if not 0 <= getattr(c, name) < 1:
+            raise ValueError(f"--optim.{name} {getattr(c, name)}: must lie in [0, 1)")
+    for name in ("warmup", "decay", "floor"):
         if not 0 <= getattr(c, name) <= 1:
             raise ValueError(f"--optim.{name} {getattr(c, name)}: must lie in [0, 1]")
+    for name in ("weight_decay", "clip"):
+        if not 0 <= getattr(c, name) < math.inf:
+            raise ValueError(f"--optim.{name} {getattr(c, name)}: must be 0 or more")
+    if c.tuned_batch < 1:
+        raise ValueError(f"--optim.tuned_batch {c.tuned_batch}: must be at least 1")
     if c.schedule == "wsd" and c.warmup + c.decay > 1:
         raise ValueError(f"--optim.warmup {c.warmup} and --optim.decay {c.decay}: together more than the whole budget")
 
@@ -116,6 +124,10 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+STACKED = 1 << 24
+"""Elements of the matrices that Muon updates together: enough for batched products of small ones, and little beside large ones."""
 
 
 @dataclass
@@ -217,10 +229,16 @@ class Optimizer:
                 found_nonfinite=skipped, masters=masters,
             )  # fmt: skip
 
+    def _stacks(self):
+        """(shape, names, momenta) of matrices that are updated together."""
+        for shape, names in self.groups.items():
+            count = max(1, STACKED // math.prod(shape))
+            for first in range(0, len(names), count):
+                yield shape, names[first : first + count], self.momenta[shape][first : first + count]
+
     def _step_muon(self, grads, factor, scale, skipped):
         c = self.c
-        for shape, names in self.groups.items():
-            momentum = self.momenta[shape]
+        for shape, names, momentum in self._stacks():
             gradient = torch.stack([grads[n] for n in names]).to(momentum.dtype) * scale
             moved = momentum.lerp(gradient, 1 - c.muon_momentum)
             update = orthogonalize(gradient.lerp(moved, c.muon_momentum)).to(momentum.dtype)

@@ -3,6 +3,8 @@
 nanotrain quickstart
 nanotrain quickstart --train.seconds=60 --run.dir=runs/short
 nanotrain quickstart --data.source='notes/**/*.md' --data.dir=data/notes --data.vocab_size=2048
+
+Without a budget (--train.steps, --train.tokens or --train.seconds) it trains for 300 seconds on a CPU, 30 on a GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from nanotrain import checkpoint
 from nanotrain import config as configs
 from nanotrain.checkpoint import CheckpointConfig
 from nanotrain.data.shards import TokenShards
@@ -36,9 +39,9 @@ class Config:
     """What the sample at the end writes on from."""
     data: SourceConfig = field(default_factory=SourceConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(micro_batch=16, length=128))
     optim: OptimConfig = field(default_factory=OptimConfig)
-    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=500))
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -59,11 +62,14 @@ def main(argv: list[str]) -> int:
         run=replace(c.run, dir=directory),
         parallel=c.parallel,
     )
-    pretrain.check(training)
+    training = pretrain.resolve(training, given)
+    if checkpoint.directories(Path(directory) / "checkpoints"):
+        raise ValueError(f"--run.dir {directory}: holds a run already; choose another folder, or go on with"
+                         f" nanotrain pretrain --config {directory}/config.toml --resume auto")  # fmt: skip
     started = time.monotonic()
     prepare.run(prepare.Config(c.data))
     prepared = time.monotonic() - started
-    code = pretrain.run(training, given)
+    code = pretrain.run(training)
     summary = json.loads((Path(directory) / "summary.json").read_text())
     if code or summary["val_bpb"] is None:
         return code

@@ -12,7 +12,9 @@ import math
 import os
 import platform
 import signal
+import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -29,11 +31,11 @@ class RunConfig:
     dir: str = ""
     """Run folder; empty makes runs/<stage>-<date>-<time>."""
     seed: int = 0
-    """Seed of initial weights, data order and dropout."""
+    """Seed of initial weights, data order and dropout [any integer]."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
-    log_every: int = 1
-    """Steps between rows of metrics.jsonl and console lines."""
+    log_every: int = 10
+    """Between console lines, for which the host waits for the device [steps]; metrics.jsonl then gets a row of every step."""
     deterministic: bool = False
     """On a GPU, use only kernels whose bits repeat, so that a resumed run equals an undisturbed one; on a CPU they always do."""
 
@@ -84,24 +86,27 @@ class Run:
             self.event("error", error=f"{kind.__name__}: {error}")
         for file in (self._metrics, self._events, self._log, self._lock):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # each line was flushed: what still cannot be written has been reported
+                    file.close()
 
     def _on_signal(self, number: int, frame) -> None:
-        if self.stop_signal is not None:
+        if self.stop_signal not in (None, signal.SIGPIPE):
             os._exit(128 + number)
         self.stop_signal = number
         os.write(2, f"\nnanotrain: {signal.Signals(number).name}: finishing this step and saving; once more exits now\n".encode())
 
     def say(self, line: str) -> None:
-        """One line to the console and log.txt."""
-        print(line, flush=True)
-        self._log.write(line + "\n")
-        self._log.flush()
+        """One line to the console and log.txt; where the console's reader has gone, the run stops as after a SIGTERM."""
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.stop_signal = signal.SIGPIPE
+        _append(self._log, line)
 
     def event(self, kind: str, **facts: Any) -> None:
         """A row of events.jsonl."""
-        self._events.write(json.dumps({"time": round(time.time(), 3), "event": kind} | facts) + "\n")
-        self._events.flush()
+        _append(self._events, json.dumps({"time": round(time.time(), 3), "event": kind} | facts))
 
     def record(self, config_toml: str) -> None:
         """Write config.toml and env.json."""
@@ -111,26 +116,35 @@ class Run:
     def open_metrics(self, step: int) -> None:
         """Continue metrics.jsonl after `step`: later rows and a torn last line are dropped, once."""
         path = self.path / "metrics.jsonl"
-        kept = b""
+        if self._metrics is not None:
+            self._metrics.close()
         if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    row = json.loads(line)
-                    good = line.endswith(b"\n") and row["step"] <= step
-                except (ValueError, KeyError, TypeError):
-                    good = False
-                kept += line if good else b""
-            if kept != path.read_bytes():
-                temporary = path.with_name(".metrics.jsonl.tmp")
-                temporary.write_bytes(kept)
-                temporary.replace(path)
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if _is_row(line, step)]
+            if kept != lines:
+                replace_text(path, "".join(kept))
         self._metrics = path.open("a")
 
     def metric(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl; a number that is not finite becomes null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._metrics.write(json.dumps(clean) + "\n")
-        self._metrics.flush()
+        _append(self._metrics, json.dumps(clean))
+
+
+def _append(file: TextIO, line: str) -> None:
+    try:
+        file.write(line + "\n")
+        file.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from None  # a failed write does not know its file
+
+
+def _is_row(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is whole and of no later step."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def replace_text(path: Path, text: str) -> None:

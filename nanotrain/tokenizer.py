@@ -21,6 +21,9 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 """Besides <unk>, <bos> and <eos> (ids 0, 1, 2): pad, chat roles, fill-in-the-middle and placeholders, from id 3 on."""
 
+_PROBE = "  \ta  b\r\n\n\0\ufb01 \xbd e\u0301 \u2581\ud800 \u4e16\ue000\U0001f600 0123 <bos><eos><unk>" + "".join(SPECIAL_TOKENS) + "  "
+"""What a tokenizer must give back before it is trusted with a corpus."""
+
 _ESCAPE = "\U000f5c00"
 _UNSAFE = re.compile(f"[\u2581{_ESCAPE}\ud800-\udfff]")
 _ESCAPED = re.compile(f"{_ESCAPE}(.)", re.DOTALL)
@@ -65,13 +68,29 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a model file. ValueError naming the file where it is missing or damaged."""
+        """Read a model file. ValueError naming the file where it is missing, damaged, or not lossless with our special tokens."""
         try:
-            return cls(Path(path).read_bytes())
+            tokenizer = cls(Path(path).read_bytes())
         except OSError as error:
             raise ValueError(f"tokenizer {path}: {error.strerror}") from None
         except ValueError as error:
             raise ValueError(f"tokenizer {path}: {error}") from None
+        if fault := tokenizer._fault():
+            raise ValueError(f"tokenizer {path}: {fault}; use one that nanotrain prepare trained")
+        return tokenizer
+
+    def _fault(self) -> str | None:
+        """What makes this model, perhaps trained by another program, unfit: every later figure of bits per byte would be wrong."""
+        specials = {"<unk>": self.unk, "<bos>": self.bos, "<eos>": self.eos} | self.special
+        missing = [name for name, token in specials.items() if token < 0 or (token == self.unk and name != "<unk>")]
+        if missing:
+            return f"has no special token {' '.join(missing)}"
+        ids = self.encode(_PROBE)
+        if self.decode(ids + ids) != _PROBE + _PROBE:  # twice: a space put before each text shows only where two meet
+            return "does not give back the text it was given"
+        if forged := [name for name, token in specials.items() if token in ids]:
+            return f"makes special tokens out of text: {' '.join(forged)}"
+        return None
 
     def fingerprint(self) -> str:
         """SHA-256 of the model's bytes."""
@@ -116,10 +135,11 @@ def train(texts: Iterable[str], *, vocab_size: int, kind: str = "bpe") -> Tokeni
 
     Raises ValueError where the texts are too small for the vocabulary asked for.
     """
+    threads = 4  # never a matter of the machine: unigram sums by thread, so another number gives another model
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts), model_writer=out, vocab_size=vocab_size, model_type=kind, num_threads=4,
+            sentence_iterator=_lines(texts), model_writer=out, vocab_size=vocab_size, model_type=kind, num_threads=threads,
             byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, split_by_whitespace=False, split_digits=True, character_coverage=0.9995,
             max_sentence_length=1 << 24, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, bos_piece="<bos>", eos_piece="<eos>",
@@ -128,7 +148,7 @@ def train(texts: Iterable[str], *, vocab_size: int, kind: str = "bpe") -> Tokeni
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"--data.vocab_size {vocab_size}: sentencepiece cannot train on this text; use fewer tokens or more text ({reason})"
+            f"--data.vocab_size {vocab_size}: too many for this text; use fewer tokens or more text (--data.tokenizer_text); sentencepiece: {reason}"
         ) from None
     return Tokenizer(out.getvalue())
 

@@ -71,6 +71,7 @@ TINY = (
     "--train.dtype=float32",
     "--train.val_every=0",
     "--run.device=cpu",
+    "--run.log_every=1",
 )
 """Flags of a model small enough for any test."""
 

@@ -132,8 +132,8 @@ def test_a_manifest_cannot_point_outside(tmp_path):
 
 
 def test_retention_keeps_the_newest_and_the_best(tmp_path):
-    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)):
-        save(tmp_path, step, val_loss=loss)
+    for step, bpb in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)):
+        save(tmp_path, step, val_bpb=bpb)
     assert [p.name[-1] for p in checkpoint.retain(tmp_path, 2)] == ["1", "3"]
     assert [p.name[-1] for p in checkpoint.directories(tmp_path)] == ["2", "4", "5"]
 
@@ -143,6 +143,11 @@ def test_retention_never_removes_the_only_good_one(tmp_path):
         save(tmp_path, step)
     (tmp_path / "step-00000003/state.json").write_text("{}")
     assert list(checkpoint.retain(tmp_path, 1)) == [] and len(checkpoint.directories(tmp_path)) == 3
+
+
+def test_a_good_checkpoint_of_the_same_step_is_left_alone(tmp_path):
+    before = save(tmp_path, 1).stat().st_ino
+    assert save(tmp_path, 1).stat().st_ino == before and os.listdir(tmp_path) == ["step-00000001"]
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
@@ -194,6 +199,18 @@ def test_killed_at_every_fsync_rename_and_unlink_of_a_save(tmp_path):
             assert good is not None and equal(load(good), tensors(int(good.name[-1]))), (name, when)
             checkpoint.clean(directory)
             assert all(p.name.startswith("step-") for p in directory.iterdir())
+
+
+@strace
+def test_killed_while_it_replaces_a_damaged_one_the_good_one_stands(tmp_path):
+    for when in (1, 2, 3):
+        directory = tmp_path / str(when)
+        save(directory, 1)
+        (save(directory, 2) / "state.json").write_text("{}")
+        killed = run_saver(directory, "-e", "trace=rename", "-e", f"inject=rename:signal=SIGKILL:when={when}", "-o", os.devnull)
+        assert killed.returncode != 0, when  # the damaged one aside, the new one in its place, the old one (step 1) removed
+        good = checkpoint.latest(directory, lambda line: None)
+        assert good is not None and good.name[-1] == ("2" if when == 3 else "1") and equal(load(good), tensors(int(good.name[-1])))
 
 
 @strace

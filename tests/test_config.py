@@ -1,5 +1,6 @@
 """The three forms of a configuration, and one clear line for every mistake."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -122,7 +123,12 @@ def test_help_of_every_stage_lists_every_key_with_default_and_doc(stage, capsys)
         *sections, name = key.split(".")
         for section in sections:
             owner = config.get_type_hints(owner)[section]
-        assert config.field_docs(owner).get(name), f"{key} has no docstring"
+        doc = config.field_docs(owner).get(name)
+        assert doc, f"{key} has no docstring"
+        assert config.get_type_hints(owner)[name] not in (int, float) or re.search(r"\[.+\]", doc), f"{key} has no [unit]"
+    defaults = config.flatten(config_class())
+    shown = dict(re.findall(r"^  --(\S+) \S.* \(default: (.*)\)$", text, re.MULTILINE))
+    assert shown == {key: config._plain(value) for key, value in defaults.items()}
 
 
 def test_unknown_stage_and_unknown_key_exit_with_two(capsys):

@@ -34,7 +34,7 @@ def rank(module: str) -> str:
         return room
     if room in ("optim", "losses", "memory", "stability"):
         return "model"
-    if room in ("data", "eval", "quant", "checkpoint", "run"):
+    if room in ("data", "eval", "quant", "checkpoint", "run", "session"):
         return "services"
     return "leaf"
 
@@ -105,7 +105,7 @@ def test_forbidden_things(path):
             assert not dotted.startswith("torch.distributed") or path.name == "collectives.py", f"{path}:{node.lineno}"
         assert not isinstance(node, ast.Assert), f"{path}:{node.lineno}: a bare assertion reaches the user"
     # The environment is read only where another program's protocol is: torchrun's world size, cuBLAS's workspace.
-    names = set(re.findall(r"environ\S*?[\[(]\"(\w+)\"", text))
+    names = set(re.findall(r"(?:environ\S*?[\[(]|getenv\()\s*['\"](\w+)['\"]", text))
     assert names <= {"WORLD_SIZE", "CUBLAS_WORKSPACE_CONFIG"}, f"{path}: {names}"
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanotrain import optim
 from nanotrain.model.transformer import build_model
 from nanotrain.optim import OptimConfig, Optimizer, check_optim, orthogonalize, schedule_factor
 from tests.model.test_transformer import config
@@ -83,6 +84,31 @@ def test_muon_moves_by_the_orthogonalised_nesterov_momentum():
         torch.testing.assert_close(weight.detach(), expected)
 
 
+def test_matrices_too_many_for_one_stack_are_updated_in_parts(monkeypatch):
+    results = []
+    for stacked in (1 << 24, 700, 1):
+        monkeypatch.setattr(optim, "STACKED", stacked)
+        model, optimizer = make(torch.float64)
+        for seed in range(2):
+            fill(model, seed)
+            optimizer.step(1.0, FINITE)
+        results.append((len(list(optimizer._stacks())), snapshot(model, optimizer)))
+    counts, states = zip(*results, strict=True)
+    assert counts[0] < counts[1] < counts[2] == len(optimizer.muon)
+    for state in states[1:]:
+        torch.testing.assert_close(state, states[0], rtol=1e-10, atol=1e-12)
+
+
+def test_embeddings_have_a_rate_of_their_own():
+    model, optimizer = make(torch.float64, lr=0.01, embedding_lr=0.25)
+    before = snapshot(model, optimizer)
+    fill(model)
+    optimizer.step(1.0, FINITE)
+    for name, rate in (("embed.weight", 0.25), ("head.weight", 0.01), ("head.norm.weight", 0.01)):
+        moved = (model.get_parameter(name).detach() - before[name]).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=1e-5, atol=0)  # Adam's first step has the size of the rate
+
+
 def test_decay_spares_norms_biases_and_by_default_embeddings():
     for embeddings in (False, True):
         model, optimizer = make(torch.float64, name="adamw", lr=0.1, weight_decay=0.3, decay_embeddings=embeddings)
@@ -96,7 +122,7 @@ def test_decay_spares_norms_biases_and_by_default_embeddings():
 
 
 def test_clipping_scales_the_whole_gradient():
-    model, optimizer = make(torch.float64, name="adamw", clip=0.5)
+    model, optimizer = make(torch.float64, name="adamw", clip=0.5, beta1=0.9)
     fill(model)
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -152,7 +178,10 @@ def test_micro_batches_are_summed_in_fp32():
     assert all(p.grad is None for p in model.parameters()) and not optimizer.sums
 
 
-@pytest.mark.parametrize("option", [dict(lr=-1.0), dict(floor=2.0), dict(warmup=0.6, decay=0.6), dict(beta2=-0.1)])
+@pytest.mark.parametrize("option", [
+        dict(lr=-1.0), dict(embedding_lr=-1.0), dict(floor=2.0), dict(warmup=0.6, decay=0.6), dict(beta2=-0.1), dict(beta1=1.0), dict(clip=-1.0),
+        dict(weight_decay=-1.0), dict(clip=math.nan), dict(muon_momentum=1.0), dict(tuned_batch=0),
+    ])
 def test_bad_values_name_their_flag(option):
     with pytest.raises(ValueError, match=f"--optim.{next(iter(option))}"):
         check_optim(OptimConfig(**option))

@@ -1,6 +1,9 @@
 """The tokenizer gives back every string, and text can never forge a special token."""
 
+import re
+
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,6 +79,39 @@ def test_special_tokens_have_ids_of_their_own(tokenizer):
 def test_training_twice_gives_the_same_model(corpus):
     texts = [p.read_text() for p in sorted(corpus.iterdir())]
     assert train(texts, vocab_size=400).fingerprint() == train(texts, vocab_size=400).fingerprint()
+
+
+LOSSLESS = dict(
+    byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True, bos_piece="<bos>", eos_piece="<eos>", control_symbols=list(SPECIAL_TOKENS),
+)  # fmt: skip
+"""What a model needs of a foreign trainer to be accepted."""
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (LOSSLESS, None),
+        ({}, "has no special token <pad>"),
+        (LOSSLESS | dict(bos_id=-1), "has no special token <bos>;"),
+        (LOSSLESS | dict(control_symbols=list(SPECIAL_TOKENS[1:])), "has no special token <pad>;"),
+        (LOSSLESS | dict(control_symbols=[], user_defined_symbols=list(SPECIAL_TOKENS)), "makes special tokens out of text: <pad>"),
+        (LOSSLESS | dict(byte_fallback=False), "does not give back the text"),
+        (LOSSLESS | dict(normalization_rule_name="nmt_nfkc"), "does not give back the text"),
+        (LOSSLESS | dict(add_dummy_prefix=True), "does not give back the text"),
+        (LOSSLESS | dict(remove_extra_whitespaces=True), "does not give back the text"),
+    ],
+)
+def test_a_model_of_another_trainer_must_be_lossless_and_have_our_special_tokens(corpus, tmp_path, options, message):
+    prefix = tmp_path / "foreign"
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus / "abc.py"), model_prefix=str(prefix), vocab_size=400, model_type="bpe", minloglevel=2, **options
+    )
+    if message is None:
+        assert Tokenizer.load(f"{prefix}.model").vocab_size == 400
+    else:
+        with pytest.raises(ValueError, match=f"^tokenizer {prefix}.model: {re.escape(message)}.*use one that nanotrain prepare trained$"):
+            Tokenizer.load(f"{prefix}.model")
 
 
 def test_mistakes_are_one_line(tmp_path):

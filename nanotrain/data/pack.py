@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from functools import lru_cache, partial
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from nanotrain.data.shards import Shard, ShardWriter
 from nanotrain.data.sources import Document
+from nanotrain.data.workers import in_order
 from nanotrain.tokenizer import Tokenizer
 
 _BATCH = 1 << 18
@@ -31,40 +30,30 @@ def pack(documents: Iterable[Document], tokenizer: Tokenizer, directory: Path, *
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     writers = {split: ShardWriter(directory, split, dtype) for split in ("train", "val")}
-    slots = threading.Semaphore(4 * cores)  # bounds what is read ahead of the workers
-    encode = partial(_encode_batch, tokenizer.model)
-    with multiprocessing.get_context("spawn").Pool(cores) if cores > 1 else nullcontext() as pool:
-        batches = _batches(documents, val_share, slots)
-        for batch in pool.imap(encode, batches) if pool else map(encode, batches):
-            slots.release()
+    encode, batches = partial(_encode_batch, tokenizer), _batches(documents, val_share)
+    results = in_order(encode, batches, processes=cores, remedy="use fewer --data.cores") if cores > 1 else (encode(batch) for batch in batches)
+    with closing(results):
+        for batch in results:
             for split, text_bytes, ids in batch:
                 writers[split].add(np.frombuffer(ids, dtype=np.int32), text_bytes)
                 progress(text_bytes)
     return {split: writer.close() for split, writer in writers.items()}
 
 
-def _batches(documents: Iterable[Document], val_share: float, slots: threading.Semaphore) -> Iterator[list[tuple[str, str]]]:
+def _batches(documents: Iterable[Document], val_share: float) -> Iterator[list[tuple[str, str]]]:
     held: list[tuple[str, str]] = []
     size = 0
     for document in documents:
         held.append(("val" if is_validation(document, val_share) else "train", document.text))
         size += len(document.text)
         if size >= _BATCH:
-            slots.acquire()
             yield held
             held, size = [], 0
     if held:
-        slots.acquire()
         yield held
 
 
-@lru_cache(1)
-def _tokenizer(model: bytes) -> Tokenizer:
-    return Tokenizer(model)
-
-
-def _encode_batch(model: bytes, batch: list[tuple[str, str]]) -> list[tuple[str, int, bytes]]:
-    t = _tokenizer(model)
+def _encode_batch(t: Tokenizer, batch: list[tuple[str, str]]) -> list[tuple[str, int, bytes]]:
     return [
         (split, len(text.encode("utf-8", "surrogatepass")), np.array([t.bos, *t.encode(text), t.eos], dtype=np.int32).tobytes())
         for split, text in batch

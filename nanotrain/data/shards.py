@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 
@@ -95,7 +96,7 @@ class TokenShards:
         """Raises ValueError naming the file for what is missing, truncated or (with `verify`) not what the index hashed."""
         self.directory = Path(directory)
         self.index = read_index(self.directory)
-        self.shards = [Shard(**entry) for entry in self.index["splits"].get(split, [])]
+        self.shards = [Shard(*(entry[f.name] for f in fields(Shard))) for entry in self.index["splits"].get(split, [])]
         self.vocab_size = self.index["vocab_size"]
         self.tokens = sum(s.tokens for s in self.shards)
         self.bytes = sum(s.bytes for s in self.shards)
@@ -126,9 +127,9 @@ class TokenShards:
             first, end = self._first[shard], min(stop, self._first[shard + 1])
             part = self._maps[shard][start - first : end - first].astype(np.int64)
             if part.size and part.max() >= self.vocab_size:
-                offset = int(start - first + np.argmax(part >= self.vocab_size))
-                where = f"{self.directory / self.shards[shard].name}.bin, token {offset}"
-                raise ValueError(f"{where}: id {part.max()} outside the vocabulary of {self.vocab_size}; run nanotrain prepare again")
+                at = int(np.argmax(part >= self.vocab_size))
+                where = f"{self.directory / self.shards[shard].name}.bin, token {start - first + at}"
+                raise ValueError(f"{where}: id {part[at]} outside the vocabulary of {self.vocab_size}; run nanotrain prepare again")
             parts.append(part)
             start, shard = end, shard + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -148,6 +149,21 @@ def read_index(directory: Path) -> dict:
         raise ValueError(f"{path}: missing; run nanotrain prepare --data.dir={directory} first") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); run nanotrain prepare again") from None
-    if index.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {index.get('format')}, this version reads {FORMAT}; run nanotrain prepare again")
+    _expect(path, index, dict(format=int))
+    if index["format"] != FORMAT:
+        raise ValueError(f"{path}: format {index['format']}, this version reads {FORMAT}; run nanotrain prepare again")
+    _expect(path, index, dict(dtype=str, vocab_size=int, tokenizer_sha256=str, data_sha256=str, splits=dict, facts=dict))
+    if index["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"{path}: damaged: dtype {index['dtype']!r}, not uint16 or uint32; run nanotrain prepare again")
+    for split in index["splits"]:
+        _expect(path, index["splits"], {split: list})
+        for entry in index["splits"][split]:
+            _expect(path, entry, get_type_hints(Shard))
     return index
+
+
+def _expect(path: Path, table: object, kinds: dict[str, type]) -> None:
+    """Raise ValueError unless `table`, read from the JSON at `path`, has keys of these kinds."""
+    for key, kind in kinds.items():
+        if not isinstance(table, dict) or type(table.get(key)) is not kind:
+            raise ValueError(f"{path}: damaged: no {key!r} of type {kind.__name__} where one belongs; run nanotrain prepare again")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
-import importlib
+import importlib.util
 import json
 import sys
 import sysconfig
@@ -124,7 +124,7 @@ def _json_lines(path: Path, text_field: str, corrupt: Corrupt) -> Iterator[tuple
                     record = json.loads(line)
                 except UnicodeDecodeError as error:
                     corrupt(where, f"not UTF-8: {error.reason}")
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:  # a ValueError of its own kind: an integer of thousands of digits
                     corrupt(where, f"broken JSON: {error}")
                 else:
                     text = record.get(text_field) if isinstance(record, dict) else None
@@ -179,18 +179,16 @@ def _twins(texts: dict[str, str]) -> list[list[str]]:
         return name
 
     lines = {name: {line for line in map(str.strip, text.splitlines()) if len(line) >= 20} for name, text in texts.items()}
+    modules: dict[str, str] = {}
     holders: dict[str, list[str]] = {}
     for name, own in lines.items():
         module = name.removesuffix(".py").removesuffix("/__init__").removeprefix("_py").lstrip("_")
-        holders.setdefault(f"module {module}", []).append(name)
+        parent[find(name)] = find(modules.setdefault(module, name))
         for line in own:
             holders.setdefault(line, []).append(name)
     shared: Counter[tuple[str, str]] = Counter()
-    for line, names in holders.items():
-        if line.startswith("module "):
-            for name in names[1:]:
-                parent[find(name)] = find(names[0])
-        elif 1 < len(names) <= 200:  # a line in more documents than that marks no twin
+    for names in holders.values():
+        if 1 < len(names) <= 200:  # a line in more documents than that marks no twin
             for i, first in enumerate(names):
                 shared.update((first, second) for second in names[i + 1 :])
     for (first, second), count in shared.items():

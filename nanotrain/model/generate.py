@@ -15,17 +15,17 @@ class SamplingConfig:
     """How the next token is drawn."""
 
     temperature: float = 0.8
-    """Divides the logits; 0 takes the most likely token (greedy)."""
+    """Divides the logits [ratio]; 0 takes the most likely token (greedy)."""
     top_k: int = 0
-    """Draw only from the k most likely tokens; 0 is all."""
+    """Draw only from so many of the most likely [tokens]; 0 is all."""
     top_p: float = 1.0
     """Draw only from the fewest tokens whose probabilities reach p [probability]."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens already in the text; 1 is none."""
+    """Divides positive and multiplies negative logits of tokens already in the text [ratio]; 1 is none."""
     max_tokens: int = 200
-    """Tokens to write at most."""
+    """To write at most [tokens]."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the draws [any integer]."""
 
 
 def check_sampling(c: SamplingConfig) -> None:
@@ -50,7 +50,7 @@ def next_token_probabilities(logits_V: torch.Tensor, seen: torch.Tensor, c: Samp
         logits = logits.index_put((seen,), torch.where(held > 0, held / c.repetition_penalty, held * c.repetition_penalty))
     if c.temperature == 0:
         return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
-    logits = logits / c.temperature
+    logits = (logits - logits.max()) / c.temperature
     if 0 < c.top_k < len(logits):
         logits = torch.full_like(logits, -torch.inf).scatter(0, *reversed(logits.topk(c.top_k)))
     probabilities = torch.softmax(logits, 0)

@@ -26,6 +26,7 @@ from nanotrain.kernels.random import dropout_reference, mix_seed
 from nanotrain.kernels.rotary import rope
 from nanotrain.kernels.token_loss import linear_cross_entropy
 from nanotrain.model.linear import Linear
+from nanotrain.model.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class ModelConfig:
     width: int = 256
     """Model width C [channels]."""
     layers: int = 4
-    """Transformer blocks."""
+    """Depth [blocks]."""
     heads: int = 4
-    """Query heads H."""
+    """Query heads H [heads]."""
     kv_heads: int = 0
-    """Key/value heads K; 0 is as many as heads (MHA), 1 is MQA, between is GQA."""
+    """Key/value heads K [heads]; 0 is as many as heads (MHA), 1 is MQA, between is GQA."""
     head_dim: int = 0
     """Head dim D [channels]; 0 is width / heads."""
     ffn_width: int = 0
@@ -53,7 +54,7 @@ class ModelConfig:
     positions: Literal["rope", "learned", "alibi"] = "rope"
     """How order enters: rotary embedding, a learned table, or ALiBi slopes."""
     rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies [ratio]."""
     rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
     """How rotary frequencies are stretched beyond `rope_original_context`."""
     rope_factor: float = 1.0
@@ -65,7 +66,7 @@ class ModelConfig:
     norm_position: Literal["pre", "post"] = "pre"
     """Normalise each sub-layer's input, or the sum after it."""
     norm_eps: float = 1e-6
-    """Added to the variance."""
+    """Added to the variance [squared activation]."""
     activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     """Feed-forward nonlinearity; gelu has no gate."""
     attention_bias: bool = False
@@ -77,13 +78,13 @@ class ModelConfig:
     window: int = 0
     """Sliding window [tokens]; 0 is none."""
     attention_softcap: float = 0.0
-    """Soft cap of attention scores; 0 is none."""
+    """Soft cap of attention scores [score]; 0 is none."""
     logit_softcap: float = 0.0
-    """Soft cap of logits; 0 is none."""
+    """Soft cap of logits [logit]; 0 is none."""
     tied: bool = True
     """The head shares the embedding's matrix."""
     init_std: float = 0.02
-    """Standard deviation of initial weights; residual projections get init_std / sqrt(2 * layers)."""
+    """Standard deviation of initial weights [weight]; residual projections get init_std / sqrt(2 * layers)."""
     dropout: float = 0.0
     """Dropout on attention probabilities and residual branches [probability]."""
     embedding_dropout: float = 0.0
@@ -99,7 +100,16 @@ class ModelConfig:
         if self.preset not in PRESETS:
             raise ValueError(f"--model.preset {self.preset}: unknown; one of {', '.join(PRESETS)}")
         c = replace(self, **{k: v for k, v in PRESETS[self.preset].items() if k not in given})
-        head_dim = c.head_dim or c.width // max(1, c.heads)
+        for name in ("width", "layers", "heads", "context"):
+            if getattr(c, name) < 1:
+                raise ValueError(f"--model.{name} {getattr(c, name)}: must be at least 1")
+        for name in ("vocab_size", "kv_heads", "head_dim", "ffn_width", "rope_original_context", "window", "attention_softcap", "logit_softcap"):
+            if getattr(c, name) < 0:
+                raise ValueError(f"--model.{name} {getattr(c, name)}: must not be negative")
+        for name in ("rope_theta", "rope_factor", "norm_eps", "init_std"):
+            if not 0 < getattr(c, name) < math.inf:
+                raise ValueError(f"--model.{name} {getattr(c, name)}: must be positive")
+        head_dim = c.head_dim or c.width // c.heads
         gated = c.activation != "gelu"
         c = replace(
             c,
@@ -109,37 +119,16 @@ class ModelConfig:
             rope_original_context=c.rope_original_context or c.context,
             attention_bias=c.attention_bias or c.bias,
         )
-        for name in ("width", "layers", "heads", "context"):
-            if getattr(c, name) < 1:
-                raise ValueError(f"--model.{name} {getattr(c, name)}: must be at least 1")
         if c.heads % c.kv_heads:
             raise ValueError(f"--model.kv_heads {c.kv_heads}: must divide --model.heads {c.heads}")
-        if c.positions == "rope" and c.head_dim % 2:
-            raise ValueError(f"--model.head_dim {c.head_dim}: rotary embedding needs an even head dim")
+        if c.positions == "rope" and (c.head_dim % 2 or (c.head_dim == 2 and c.rope_scaling in ("ntk", "yarn"))):
+            raise ValueError(f"--model.head_dim {c.head_dim}: rotary embedding needs an even head dim, of at least 4 to be scaled by ntk or yarn")
         if not c.head_dim:
             raise ValueError(f"--model.width {c.width}: smaller than --model.heads {c.heads}; set --model.head_dim")
         for name in ("dropout", "embedding_dropout"):
             if not 0.0 <= getattr(c, name) < 1.0:
                 raise ValueError(f"--model.{name} {getattr(c, name)}: must lie in [0, 1)")
         return c
-
-
-_LLAMA = dict(activation="swiglu", norm="rms", positions="rope", tied=False, norm_eps=1e-5)
-_GPT2 = dict(vocab_size=50257, context=1024, positions="learned", norm="layer", norm_eps=1e-5, activation="gelu", bias=True, tied=True)
-_QWEN3 = dict(_LLAMA, vocab_size=151936, head_dim=128, kv_heads=8, context=40960, rope_theta=1e6, norm_eps=1e-6, qk_norm=True)
-PRESETS: dict[str, dict] = {
-    "nano": dict(width=256, layers=2, heads=4, context=512, qk_norm=True, tied=False),
-    "gpt2-124m": dict(_GPT2, width=768, layers=12, heads=12),
-    "gpt2-1558m": dict(_GPT2, width=1600, layers=48, heads=25),
-    "llama2-7b": dict(_LLAMA, vocab_size=32000, width=4096, layers=32, heads=32, ffn_width=11008, context=4096),
-    "llama2-70b": dict(_LLAMA, vocab_size=32000, width=8192, layers=80, heads=64, kv_heads=8, ffn_width=28672, context=4096),
-    "llama3.2-1b": dict(_LLAMA, vocab_size=128256, width=2048, layers=16, heads=32, kv_heads=8, head_dim=64, ffn_width=8192, context=131072,
-                        rope_theta=5e5, rope_scaling="llama3", rope_factor=32.0, rope_original_context=8192, tied=True),
-    "llama3-8b": dict(_LLAMA, vocab_size=128256, width=4096, layers=32, heads=32, kv_heads=8, ffn_width=14336, context=8192, rope_theta=5e5),
-    "mistral-7b": dict(_LLAMA, vocab_size=32000, width=4096, layers=32, heads=32, kv_heads=8, ffn_width=14336, context=32768, window=4096),
-    "qwen3-0.6b": dict(_QWEN3, width=1024, layers=28, heads=16, ffn_width=3072, tied=True),
-    "qwen3-8b": dict(_QWEN3, width=4096, layers=36, heads=32, ffn_width=12288),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -29,8 +29,9 @@ from nanotrain.eval import bits_per_byte
 from nanotrain.model.generate import SamplingConfig, generate
 from nanotrain.model.transformer import Dropout, ModelConfig, Transformer, build_model, parameter_count
 from nanotrain.optim import OptimConfig, Optimizer, StepResult, check_optim, schedule_factor
-from nanotrain.run import Run, RunConfig, choose_device
-from nanotrain.stability import WINDOW, make_deterministic, plateau, spiked
+from nanotrain.run import Run, RunConfig, choose_device, replace_text
+from nanotrain.session import Progress, Session
+from nanotrain.stability import WINDOW, make_deterministic, spiked
 from nanotrain.tokenizer import Tokenizer
 
 
@@ -54,36 +55,36 @@ class TrainConfig:
     """Budget [tokens]."""
     seconds: float = 0.0
     """Budget [seconds of training steps, without validation and checkpoints]; resume is then not bitwise."""
-    micro_batch: int = 16
-    """Rows of a forward and backward."""
+    micro_batch: int = 8
+    """Size of a forward and backward [rows]."""
     accumulate: int = 1
-    """Micro-batches of a step."""
-    length: int = 128
-    """Tokens of a row."""
+    """Gradients summed for a step [micro-batches]."""
+    length: int = 256
+    """Length of a row [tokens]."""
     dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
     """Parameters and activations; fp32 masters are kept for the narrow ones, and float16 scales its loss dynamically."""
     val_every: int = 250
-    """Steps between validations; 0 validates only at the end."""
+    """Between validations [steps]; 0 validates only at the end."""
     val_tokens: int = 50_000
-    """Whole held-out documents scored in such a validation [tokens]; the last one scores all of them."""
+    """Whole held-out documents scored on the way [tokens]; 0 is all of them, as at the end."""
     val_stride: int = 0
     """How far a validation window moves on [tokens]; 0 is half of length."""
     sample_every: int = 0
-    """Steps between samples written to the log; 0 is none."""
+    """Between samples written to the log [steps]; 0 is none."""
     sample_prompt: str = "def "
     """What samples write on from."""
     early_stop: int = 0
-    """Stop after so many validations without a new best; 0 never."""
+    """Stop after so many without a new best [validations]; 0 never."""
     plateau: int = 0
-    """Report a plateau where the mean loss of so many steps is less than 0.5% below that of the ones before; 0 never."""
+    """Report a plateau where the mean loss of so many is less than 0.5% below that of the ones before [steps]; 0 never."""
     spike_sigma: float = 6.0
-    """A loss so many standard deviations over the mean of the last 128 rolls back to the last checkpoint and skips its data; 0 never."""
+    """A loss so far over the mean of the last 128 rolls back to the last checkpoint and skips its data [standard deviations]; 0 never."""
     spike_lr: float = 1.0
-    """Factor on the rate after each roll-back."""
+    """On the rate, after each roll-back [factor]."""
     max_rollbacks: int = 3
-    """Roll-backs before giving up."""
+    """Before giving up [roll-backs]."""
     max_skipped: int = 50
-    """Non-finite steps in a row before giving up."""
+    """Not finite in a row, before giving up [steps]."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class ParallelConfig:
     """How the work is split over processes."""
 
     dp: int = 1
-    """Data-parallel processes; this version trains on one."""
+    """Data-parallel size [processes]; this version trains on one."""
 
 
 @dataclass(frozen=True)
@@ -109,29 +110,19 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
-@dataclass
-class Progress:
-    """All of the loop's state besides tensors; goes into state.json."""
-
-    step: int = 0
-    cursor: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    recent_losses: list[float] = field(default_factory=list)
-    best_bpb: float | None = None
-    validations_since_best: int = 0
-    rollbacks: int = 0
-    skipped_in_a_row: int = 0
-
-
 def check(c: Config) -> None:
     """Every check that needs no device: ValueError naming the flag."""
     t = c.train
     if sum(x > 0 for x in (t.steps, t.tokens, t.seconds)) != 1 or min(t.steps, t.tokens, t.seconds) < 0:
         raise ValueError("--train.steps, --train.tokens, --train.seconds: set exactly one of them, above 0")
-    for name in ("micro_batch", "accumulate", "length"):
+    for name in ("micro_batch", "accumulate", "length", "max_skipped"):
         if getattr(t, name) < 1:
             raise ValueError(f"--train.{name} {getattr(t, name)}: must be at least 1")
+    for name in ("val_every", "val_tokens", "sample_every", "early_stop", "plateau", "spike_sigma", "spike_lr", "max_rollbacks"):
+        if getattr(t, name) < 0:
+            raise ValueError(f"--train.{name} {getattr(t, name)}: must not be negative")
+    if min(c.checkpoint.every, c.checkpoint.keep - 1) < 0:
+        raise ValueError(f"--checkpoint.every {c.checkpoint.every}, --checkpoint.keep {c.checkpoint.keep}: at least 0 and 1")
     if t.val_stride < 0 or t.val_stride > t.length:
         raise ValueError(f"--train.val_stride {t.val_stride}: must lie between 1 and --train.length {t.length}, or be 0")
     if c.resume not in ("none", "auto"):
@@ -145,6 +136,8 @@ def check(c: Config) -> None:
         )
     if c.model.positions == "learned" and t.length > c.model.context:
         raise ValueError(f"--train.length {t.length}: learned positions end at --model.context {c.model.context}")
+    if t.early_stop and not t.val_every:
+        raise ValueError(f"--train.early_stop {t.early_stop}: counts validations; set --train.val_every too")
     if c.run.log_every < 1:
         raise ValueError(f"--run.log_every {c.run.log_every}: must be at least 1")
     check_optim(c.optim)
@@ -153,60 +146,51 @@ def check(c: Config) -> None:
 class Training:
     """What `build` puts together and the loop works on."""
 
-    def __init__(self, c: Config, device: torch.device):
-        self.c, self.device = c, device
+    def __init__(self, c: Config, device: torch.device, folder: Run):
+        self.device, self.folder = device, folder
         self.shards = TokenShards(c.data.dir, "train", verify=c.data.verify)
         self.val_shards = TokenShards(c.data.dir, "val", verify=c.data.verify)
-        self.fingerprints = {k: self.shards.index[k] for k in ("tokenizer_sha256", "data_sha256")}
+        fingerprints = {k: self.shards.index[k] for k in ("tokenizer_sha256", "data_sha256")}
         self.tokenizer_path = Path(c.data.dir) / "tokenizer.model"
-        if not self.tokenizer_path.is_file() or file_sha256(self.tokenizer_path) != self.fingerprints["tokenizer_sha256"]:
+        if not self.tokenizer_path.is_file() or file_sha256(self.tokenizer_path) != fingerprints["tokenizer_sha256"]:
             raise ValueError(f"{self.tokenizer_path}: missing or not the tokenizer the shards were made with; run nanotrain prepare again")
         self.tokenizer = Tokenizer.load(self.tokenizer_path)
         if not c.model.vocab_size:
-            c = self.c = replace(c, model=replace(c.model, vocab_size=self.shards.vocab_size))
+            c = replace(c, model=replace(c.model, vocab_size=self.shards.vocab_size))
         if c.model.vocab_size < self.shards.vocab_size:
             raise ValueError(f"--model.vocab_size {c.model.vocab_size}: the tokenizer of {c.data.dir} has {self.shards.vocab_size} tokens")
+        self.c = c
         self.loader = Loader(self.shards, length=c.train.length, seed=c.run.seed, device=device)
-        self.dtype = getattr(torch, c.train.dtype)
+        dtype = getattr(torch, c.train.dtype)
         self.plan = memory.plan(
-            c.model, dtype=self.dtype, length=c.train.length, rows=c.train.micro_batch, accumulate=c.train.accumulate,
+            c.model, dtype=dtype, length=c.train.length, rows=c.train.micro_batch, accumulate=c.train.accumulate,
             muon=c.optim.name == "muon", device=device,
         )  # fmt: skip
+        self.parameters = parameter_count(c.model)
+        self.announce()
         self.peak = memory.PeakMemory(device)
         if device.type == "cpu":
             memory.keep_freed_memory()
-        self.model = build_model(c.model, seed=c.run.seed, dtype=self.dtype, device=device)
+        self.model = build_model(c.model, seed=c.run.seed, dtype=dtype, device=device)
         self.optimizer = Optimizer(self.model, c.optim)
-        self.progress = Progress()
+        facts = dict(model=asdict(c.model), dtype=c.train.dtype, seed=c.run.seed, length=c.train.length, **fingerprints)
+        self.session = Session(folder, self.model, self.optimizer, facts, c.checkpoint.keep)
 
-    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Every tensor that must survive, by file and name."""
-        return {"model": {n: p.detach() for n, p in self.model.named_parameters()}, "optimizer": self.optimizer.state()}
-
-    def state(self) -> dict:
-        """Everything else that must survive, as JSON."""
-        return dict(
-            asdict(self.progress), val_loss=self.progress.best_bpb if self.progress.validations_since_best == 0 else None, dtype=self.c.train.dtype,
-            model=asdict(self.c.model), seed=self.c.run.seed, length=self.c.train.length, **self.fingerprints,
-        )  # fmt: skip
-
-    def load(self, path: Path) -> None:
-        """Take over a verified checkpoint. ValueError, with both values, where it is of other data, tokenizer or shape."""
-        state = checkpoint.load_state(path)
-        for key, flag in (("tokenizer_sha256", "--data.dir: the tokenizer"), ("data_sha256", "--data.dir: the data")):
-            if state[key] != self.fingerprints[key]:
-                raise ValueError(f"{flag} changed since {path.name}: {self.fingerprints[key][:16]} here, {state[key][:16]} in the checkpoint; "
-                                 "give the same data, or start anew in another --run.dir")  # fmt: skip
-        mine = self.state()
-        wanted = {f"--model.{k}": (v, mine["model"][k]) for k, v in state["model"].items() if k not in ("preset", "recompute")}
-        wanted |= {"--train.dtype": (state["dtype"], mine["dtype"]), "--run.seed": (state["seed"], mine["seed"]),
-                   "--train.length": (state["length"], mine["length"])}  # fmt: skip
-        for flag, (held, given) in wanted.items():
-            if held != given:
-                raise ValueError(f"{flag} {given}: the checkpoint {path} was made with {held}; give that, or start anew in another --run.dir")
-        checkpoint.load_tensors(path / "model.safetensors", self.tensors()["model"])
-        checkpoint.load_tensors(path / "optimizer.safetensors", self.tensors()["optimizer"])
-        self.progress = Progress(**{f.name: state[f.name] for f in fields(Progress)})
+    def announce(self) -> None:
+        """Before anything large is made: model, data, batch, what linear scaling would suggest, and the memory plan."""
+        c, say = self.c, self.folder.say
+        say(f"pretrain: {c.model.preset}, {self.parameters:,} parameters, {c.train.dtype} on {self.device}, run {self.folder.path}")
+        say(f"pretrain: {self.shards.tokens:,} training tokens in {self.loader.rows:,} rows of {c.train.length}; {self.val_shards.tokens:,} held out")
+        batch = c.train.micro_batch * c.train.accumulate * c.train.length
+        say(f"pretrain: {batch:,} tokens a step ({c.train.micro_batch} rows of {c.train.length}, {c.train.accumulate} times), {c.optim.name}")
+        if batch != c.optim.tuned_batch:
+            ratio = batch / c.optim.tuned_batch
+            rates = dict(lr=c.optim.adamw_lr, embedding_lr=c.optim.adamw_embedding_lr, muon_lr=c.optim.muon_lr)
+            say(f"pretrain: rates were tuned at {c.optim.tuned_batch:,} tokens a step; the linear scaling rule suggests"
+                f" {' '.join(f'--optim.{n}={rate * ratio:.3g}' for n, rate in rates.items())} --optim.tuned_batch={batch}")  # fmt: skip
+        say(f"memory: {self.plan}")
+        if self.plan.total > self.plan.available:
+            say(f"memory: this may not fit; next: {smaller(c)}")
 
 
 def step(model: Transformer, optimizer: Optimizer, batches: list[Batch], factor: float, seed: int) -> tuple[torch.Tensor, StepResult]:
@@ -214,33 +198,43 @@ def step(model: Transformer, optimizer: Optimizer, batches: list[Batch], factor:
     denominator = sum(batch.counted for batch in batches)
     parts = []
     for batch in batches:
-        loss = forward(model, batch, denominator, seed)
-        (loss * optimizer.loss_scale).backward()
+        loss = forward(model, batch, denominator, seed, optimizer.loss_scale)
+        loss.backward()
         if len(batches) > 1:
             optimizer.accumulate()
         parts.append(loss.detach())
-    total = torch.stack(parts).sum()
+    total = torch.stack(parts).sum() / optimizer.loss_scale
     return total, optimizer.step(factor, total)
 
 
-def forward(model: Transformer, batch: Batch, denominator: int, seed: int) -> torch.Tensor:
-    """Summed loss of a micro-batch over the step's count of tokens."""
+def forward(model: Transformer, batch: Batch, denominator: int, seed: int, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Summed loss of a micro-batch over the step's count of tokens, times `scale`."""
     dropout = Dropout(seed, batch.counters_BT) if model.c.dropout or model.c.embedding_dropout else None
     hidden = model(batch.tokens_BT, batch.positions_BT, cu_seqlens=batch.cu_seqlens, dropout=dropout, max_position=batch.max_position)
-    return losses.next_token(model.head, hidden, batch.labels_BT, denominator, rows=batch.rows)
+    return losses.next_token(model.head, hidden, batch.labels_BT, denominator, rows=batch.rows, scale=scale)
+
+
+def smaller(c: Config) -> str:
+    """The rungs of the memory ladder below this config, with their flags."""
+    return memory.ladder(micro_batch=c.train.micro_batch, accumulate=c.train.accumulate, recompute=c.model.recompute, muon=c.optim.name == "muon")
 
 
 def main(argv: list[str]) -> int:
     """Command line of the stage."""
     config, given = configs.parse(Config, argv, command="pretrain")
-    return run(config, given)
+    return run(resolve(config, given))
 
 
-def run(config: Config, given: frozenset[str] = frozenset()) -> int:
-    """Train as configured; `given` are the keys set by the user, which a model preset does not override."""
+def resolve(config: Config, given: frozenset[str]) -> Config:
+    """The config with its preset's values in all keys but those `given`, checked as far as it can be without data or device."""
     model = config.model.resolved(frozenset(k.removeprefix("model.") for k in given if k.startswith("model.")))
     config = replace(config, model=model)
     check(config)
+    return config
+
+
+def run(config: Config) -> int:
+    """Train as configured by a resolved config."""
     device = choose_device(config.run.device)
     with Run(config.run.dir, "pretrain") as folder:
         checkpoint.clean(folder.checkpoints)
@@ -249,220 +243,199 @@ def run(config: Config, given: frozenset[str] = frozenset()) -> int:
             raise ValueError(
                 f"--run.dir {folder.path}: holds a run already ({existing[-1].name}); add --resume auto to go on, or choose another folder"
             )
-        training = Training(config, device)
-        config = training.c
-        if not (folder.path / "tokenizer.model").exists():
-            shutil.copyfile(training.tokenizer_path, folder.path / "tokenizer.model")
-        folder.record(configs.write_toml(replace(config, run=replace(config.run, dir=str(folder.path)))))
-        if config.resume == "auto":
-            path = checkpoint.latest(folder.checkpoints, lambda line: (folder.say(f"pretrain: {line}"), folder.event("damaged", text=line)))
-            if path is not None:
-                training.load(path)
-                folder.say(f"pretrain: resumed from {path} (step {training.progress.step:,}, {training.progress.cursor:,} rows read)")
-                folder.event("resumed", checkpoint=path.name)
-            elif existing:
-                raise ValueError(
-                    f"--resume auto: none of the {len(existing)} checkpoints in {folder.checkpoints} verifies; move them away to start anew"
-                )
-        folder.open_metrics(training.progress.step)
-        return Loop(training, folder).run()
+        try:
+            training = Training(config, device, folder)
+            if config.resume == "auto":
+                training.session.resume()
+            if not (folder.path / "tokenizer.model").exists():
+                shutil.copyfile(training.tokenizer_path, folder.path / "tokenizer.model")
+            folder.record(configs.write_toml(replace(training.c, run=replace(config.run, dir=str(folder.path)))))
+            folder.open_metrics(training.session.progress.step)
+            return Loop(training).run()
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            raise ValueError(f"out of memory; next: {smaller(config)}") from None
+
+
+@dataclass
+class Pending:
+    """A step that the host has not read yet."""
+
+    step: int
+    cursor: int
+    tokens: int
+    factor: float
+    waited: float
+    """For data [s]."""
+    results: torch.Tensor
+    """Loss, gradient norm, whether clipped, whether skipped."""
 
 
 class Loop:
-    """The training loop over a `Training`, in a run folder."""
+    """The training loop over a `Training`."""
 
-    def __init__(self, training: Training, folder: Run):
-        self.t, self.folder, self.c = training, folder, training.c
+    def __init__(self, training: Training):
+        self.t, self.folder, self.c = training, training.folder, training.c
         self.rows = self.c.train.micro_batch * self.c.train.accumulate
-        self.last_saved: int | None = None
+        self.pending: list[Pending] = []
         self.step_seconds = 0.0
-        self.unlogged_steps, self.unlogged_seconds = 0, 0.0
-        self.checkpoint_seconds = 0.0
-        self.val: bits_per_byte.Score | None = None
+        self.pending_seconds = 0.0
+
+    @property
+    def progress(self) -> Progress:
+        """What the run has done; a roll-back replaces it."""
+        return self.t.session.progress
 
     def run(self) -> int:
         """Train until the budget, a signal or an early stop; returns the exit code."""
-        c, t, p = self.c.train, self.t, self.t.progress
-        self.announce()
-        reason = ""
-        first = p.step
+        if self.c.run.deterministic and self.t.device.type == "cuda":
+            batch = self.t.loader.batch(0, self.c.train.micro_batch)
+            cost = make_deterministic(lambda: torch.autograd.grad(forward(self.t.model, batch, batch.counted, 0), list(self.t.model.parameters())))
+            self.folder.say(f"pretrain: deterministic kernels take {cost:.2f} times as long as the fastest")
+        first = self.progress.step + 1
         while True:
-            p = t.progress
-            if self.folder.stop_signal is not None:
-                reason = "stopped by a signal"
-            elif self.share_done() >= 1:
-                reason = "budget used"
+            self.between_steps()
+            reason = self.reason_to_stop()
             if reason:
-                break
-            started = time.perf_counter()
-            batches = [t.loader.batch(p.cursor + i * c.micro_batch, c.micro_batch) for i in range(c.accumulate)]
-            waited = time.perf_counter() - started
-            factor = schedule_factor(self.c.optim, self.share_done(ahead=True)) * c.spike_lr**p.rollbacks
-            try:
-                loss, result = step(t.model, t.optimizer, batches, factor, self.c.run.seed)
-            except (MemoryError, RuntimeError) as error:
-                if not memory.is_out_of_memory(error):
-                    raise
-                advice = memory.out_of_memory_advice(t.plan, micro_batch=c.micro_batch, accumulate=c.accumulate, recompute=self.c.model.recompute)
-                raise ValueError(f"step {p.step + 1}: {advice}") from None
-            p.step += 1
-            p.cursor += self.rows
-            p.tokens += self.rows * c.length
-            logged = p.step % self.c.run.log_every == 0 or p.step == 1
-            if logged:
-                loss, norm, clipped, skipped = (float(x) for x in (loss, result.grad_norm, result.clipped, result.skipped))
-            self.step_seconds = time.perf_counter() - started
-            p.seconds += self.step_seconds
-            self.unlogged_steps += 1
-            self.unlogged_seconds += self.step_seconds
-            if logged:
-                if self.rolled_back(loss):
-                    continue
-                p.skipped_in_a_row = p.skipped_in_a_row + 1 if skipped else 0
-                self.log(loss, factor, norm, clipped, skipped, waited)
-                if skipped:
-                    self.folder.event("skipped", step=p.step, loss=repr(loss), grad_norm=repr(norm))
-                    if p.skipped_in_a_row >= c.max_skipped:
-                        raise ValueError(f"step {p.step}: {p.skipped_in_a_row} non-finite steps in a row; lower --optim.lr and --optim.muon_lr")
-                else:
-                    self.remember(loss)
-            if p.step == first + 1:
-                self.folder.say(
-                    f"memory: {memory.format_bytes(t.peak.bytes())} at the peak of step {p.step}, {memory.format_bytes(t.plan.total)} planned"
-                )
-                self.folder.event("memory", measured_bytes=t.peak.bytes(), planned_bytes=t.plan.total)
-            reason = self.between_steps()
-        return self.finish(reason)
+                return self.finish(reason)
+            self.train_step()
+            if self.progress.step == first or self.progress.step % self.c.run.log_every == 0:
+                self.look()
+            if self.progress.step == first:
+                measured, planned = self.t.peak.bytes(), self.t.plan.total
+                self.folder.say(f"memory: {memory.format_bytes(measured)} at the peak of step {first}, {memory.format_bytes(planned)} planned")
+                self.folder.event("memory", measured_bytes=measured, planned_bytes=planned)
+
+    def train_step(self) -> None:
+        """Load, step, and count; what the step did stays on the device until `look`."""
+        c, t, p = self.c.train, self.t, self.progress
+        started = time.perf_counter()
+        batches = [t.loader.batch(p.cursor + i * c.micro_batch, c.micro_batch) for i in range(c.accumulate)]
+        waited = time.perf_counter() - started
+        factor = schedule_factor(self.c.optim, self.share_done(ahead=True)) * c.spike_lr**p.rollbacks
+        loss, result = step(t.model, t.optimizer, batches, factor, self.c.run.seed)
+        p.step += 1
+        p.cursor += self.rows
+        p.tokens += self.rows * c.length
+        p.val_bpb = None
+        results = torch.stack([x.double() for x in (loss, result.grad_norm, result.clipped, result.skipped)])
+        self.pending.append(Pending(p.step, p.cursor, p.tokens, factor, waited, results))
+        self.step_seconds = time.perf_counter() - started
+        p.seconds += self.step_seconds
+        self.pending_seconds += self.step_seconds
 
     def share_done(self, ahead: bool = False) -> float:
         """Share of the budget used; with `ahead`, once the coming step is done."""
-        c, p = self.c.train, self.t.progress
+        c, p = self.c.train, self.progress
         if c.steps:
             return (p.step + ahead) / c.steps
         if c.tokens:
             return (p.tokens + ahead * self.rows * c.length) / c.tokens
         return (p.seconds + ahead * self.step_seconds) / c.seconds
 
-    def announce(self) -> None:
-        """Before step 0: model, data, batch, memory plan, and what linear scaling would suggest."""
-        c, t, say = self.c, self.t, self.folder.say
-        count = parameter_count(c.model)
-        say(f"pretrain: {c.model.preset}, {count:,} parameters, {c.train.dtype} on {t.device}, run {self.folder.path}")
-        say(f"pretrain: {t.shards.tokens:,} training tokens in {t.loader.rows:,} rows of {c.train.length}; {t.val_shards.tokens:,} held out")
-        batch = self.rows * c.train.length
-        say(f"pretrain: {batch:,} tokens a step ({c.train.micro_batch} rows of {c.train.length}, {c.train.accumulate} times), {c.optim.name}")
-        if batch != c.optim.tuned_batch:
-            ratio = batch / c.optim.tuned_batch
-            say(
-                f"pretrain: rates were tuned at {c.optim.tuned_batch:,} tokens a step; the linear scaling rule suggests"
-                f" --optim.lr={c.optim.adamw_lr * ratio:.3g} --optim.muon_lr={c.optim.muon_lr * ratio:.3g} --optim.tuned_batch={batch}"
-            )
-        say(f"memory: {t.plan}")
-        if c.run.deterministic and t.device.type == "cuda":
-            batch = t.loader.batch(0, c.train.micro_batch)
-            cost = make_deterministic(lambda: torch.autograd.grad(forward(t.model, batch, batch.counted, 0), list(t.model.parameters())))
-            say(f"pretrain: deterministic kernels take {cost:.2f} times as long as the fastest")
-        self.flops_per_token = 6 * count + 6 * c.model.layers * c.model.heads * c.model.head_dim * c.train.length
+    def reason_to_stop(self) -> str:
+        """Why to end here, or nothing."""
+        c, p = self.c.train, self.progress
+        if self.folder.stop_signal is not None:
+            return "stopped by a signal"
+        if c.early_stop and p.validations_since_best >= c.early_stop:
+            return f"no better validation in {p.validations_since_best}"
+        return "budget used" if self.share_done() >= 1 else ""
 
-    def log(self, loss, factor, norm, clipped, skipped, waited) -> None:
-        """A row of metrics.jsonl and a line on the console."""
-        c, p, t = self.c, self.t.progress, self.t
-        tokens = self.rows * c.train.length
-        seconds = self.unlogged_seconds / self.unlogged_steps  # a GPU works on after a step that nobody read
-        self.unlogged_steps, self.unlogged_seconds = 0, 0.0
-        rate = tokens / seconds
-        ceiling = peak_flops(t.device)
+    def look(self) -> None:
+        """Read what the steps since the last look did, which waits for the device: rows of metrics, alarms, and a roll-back after a spike."""
+        c, started = self.c.train, time.perf_counter()
+        values = torch.stack([pending.results for pending in self.pending]).tolist() if self.pending else []
+        waited = time.perf_counter() - started
+        self.progress.seconds += waited
+        seconds = (self.pending_seconds + waited) / max(1, len(values))
+        pending, self.pending, self.pending_seconds = self.pending, [], 0.0
+        for done, (loss, norm, clipped, skipped) in zip(pending, values, strict=True):
+            p = self.progress
+            if math.isfinite(loss) and spiked(p.recent_losses[-WINDOW:], loss, c.spike_sigma):
+                if self.t.session.roll_back(loss, done.step, done.cursor, done.tokens, c.max_rollbacks):
+                    return
+            self.log(done, loss, norm, bool(clipped), bool(skipped), seconds, last=done is pending[-1])
+            p.skipped_in_a_row = p.skipped_in_a_row + 1 if skipped else 0
+            if not skipped:
+                self.t.session.remember(done.step, loss, c.plateau)
+            elif p.skipped_in_a_row >= c.max_skipped:
+                raise ValueError(f"step {done.step}: {p.skipped_in_a_row} non-finite steps in a row; lower --optim.lr and --optim.muon_lr")
+
+    def log(self, done: Pending, loss: float, norm: float, clipped: bool, skipped: bool, seconds: float, last: bool) -> None:
+        """A step's row of metrics.jsonl; a line on the console for the `last` of a look and for one that was skipped."""
+        c, t, p = self.c, self.t, self.progress
+        rate = self.rows * c.train.length / seconds
+        model, ceiling = c.model, peak_flops(t.device)
+        flops = 6 * t.parameters + 6 * model.layers * model.heads * model.head_dim * c.train.length
         row = dict(
-            step=p.step, loss=loss, lr=c.optim.adamw_lr * factor, grad_norm=norm, clipped=int(clipped), skipped=int(skipped), tokens=p.tokens,
-            tokens_per_s=round(rate, 1), step_s=round(seconds, 6), data_s=round(waited, 6), checkpoint_s=round(self.checkpoint_seconds, 6),
-            mfu=round(rate * self.flops_per_token / ceiling, 4) if ceiling else None, peak_memory_bytes=t.peak.bytes(),
-            epoch=round(p.cursor / t.loader.rows, 4),
+            step=done.step, loss=loss, lr=c.optim.adamw_lr * done.factor, grad_norm=norm, clipped=int(clipped), skipped=int(skipped),
+            tokens=done.tokens, tokens_per_s=round(rate, 1), step_s=round(seconds, 6), data_s=round(done.waited, 6),
+            checkpoint_s=round(t.session.seconds, 6), mfu=round(rate * flops / ceiling, 4) if ceiling else None,
+            peak_memory_bytes=t.peak.bytes(), epoch=round(done.cursor / t.loader.rows, 4),
         )  # fmt: skip
         if t.optimizer.dynamic_scale:
             row["loss_scale"] = float(t.optimizer.loss_scale)
-        self.checkpoint_seconds = 0.0
+        t.session.seconds = 0.0
         self.folder.metric(row)
-        if p.step <= 5 or p.step % max(10, c.run.log_every) == 0 or skipped:
-            done = min(1.0, self.share_done())
-            left = timedelta(seconds=int(p.seconds / done * (1 - done)) if done else 0)
-            note = "  SKIPPED: not finite" if skipped else ""
+        if skipped:
+            self.folder.event("skipped", step=done.step, loss=repr(loss), grad_norm=repr(norm))
+        if last or skipped:
+            share = min(1.0, self.share_done())
+            left = timedelta(seconds=int(p.seconds / share * (1 - share)) if share else 0)
             mfu = f"  mfu {row['mfu']:.1%}" if ceiling else ""
             self.folder.say(
-                f"step {p.step:>6,}  loss {loss:7.4f}  lr {row['lr']:.2e}  norm {norm:6.2f}  {rate:>9,.0f} tok/s{mfu}"
-                f"  {memory.format_bytes(row['peak_memory_bytes'])}  {done:4.0%}  eta {left}{note}"
+                f"step {done.step:>6,}  loss {loss:7.4f}  lr {row['lr']:.2e}  norm {norm:6.2f}  {rate:>9,.0f} tok/s"
+                f"{mfu}  {memory.format_bytes(row['peak_memory_bytes'])}  {share:4.0%}  eta {left}"
+                f"{'  SKIPPED: not finite' if skipped else ''}"
             )
 
-    def rolled_back(self, loss: float) -> bool:
-        """Where the loss spiked: back to the last good checkpoint, past the data that led here."""
-        c, p = self.c.train, self.t.progress
-        if not math.isfinite(loss) or not spiked(p.recent_losses[-WINDOW:], loss, c.spike_sigma):
+    def between_steps(self) -> None:
+        """The validation, sample and checkpoint that are due after the last step, if they were not done before a resume."""
+        c, p = self.c, self.progress
+        validate, sample, save = (n and p.step % n == 0 for n in (c.train.val_every, c.train.sample_every, c.checkpoint.every))
+        if not p.step or not (validate or sample or save):
+            return
+        self.look()
+        if self.progress is not p:  # rolled back
+            return
+        if p.served != p.step:
+            if validate and self.share_done() < 1 and not self.validate():
+                return  # stopped by a signal; it is made up for after --resume auto
+            if sample:
+                self.folder.say(f"sample: {self.sample(c.train.sample_prompt)!r}")
+            p.served = p.step
+        if save:
+            self.t.session.save()
+
+    def validate(self) -> bool:
+        """A validation on the way; False where a signal ended it."""
+        p = self.progress
+        score = self.score(self.c.train.val_tokens)
+        if score is None:
             return False
-        path = checkpoint.latest(self.folder.checkpoints, self.folder.say)
-        if path is None:
-            self.folder.event("spike", step=p.step, loss=loss, action="none: no checkpoint yet")
-            return False
-        if p.rollbacks >= c.max_rollbacks:
-            raise ValueError(
-                f"step {p.step}: loss {loss:.3f} spiked after {p.rollbacks} roll-backs; lower --optim.lr and --optim.muon_lr, then --resume auto"
-            )
-        at, cursor, rollbacks, seconds, tokens = p.step, p.cursor, p.rollbacks, p.seconds, p.tokens
-        self.t.load(path)
-        p = self.t.progress
-        p.cursor, p.rollbacks, p.seconds, p.tokens = cursor, rollbacks + 1, seconds, tokens
-        self.folder.open_metrics(p.step)
-        self.folder.say(f"pretrain: loss {loss:.3f} spiked at step {at:,}; rolled back to {path.name}, its data up to row {cursor:,} is skipped")
-        self.folder.event("spike", step=at, loss=loss, action=f"rolled back to {path.name}", cursor=cursor)
+        p.val_bpb = score.bits_per_byte
+        if p.best_bpb is None or p.val_bpb < p.best_bpb:
+            p.best_bpb, p.validations_since_best = p.val_bpb, 0
+        else:
+            p.validations_since_best += 1
         return True
 
-    def remember(self, loss: float) -> None:
-        """Keep the losses that spikes and plateaus are judged by; report a plateau."""
-        n, p = self.c.train.plateau, self.t.progress
-        p.recent_losses = [*p.recent_losses, loss][-max(WINDOW, 2 * n) :]
-        flat = plateau(p.recent_losses, n) if n and p.step % n == 0 else None
-        if flat:
-            self.folder.say(f"pretrain: plateau at step {p.step:,}: mean loss {flat[1]:.4f}, {flat[0]:.4f} over the {n} steps before")
-            self.folder.event("plateau", step=p.step, before=flat[0], after=flat[1])
-
-    def between_steps(self) -> str:
-        """Validation, samples and checkpoints that are due; returns why to stop, or nothing."""
-        c, p = self.c, self.t.progress
-        if c.train.val_every and p.step % c.train.val_every == 0 and self.share_done() < 1:
-            self.validate(c.train.val_tokens)
-        if c.train.sample_every and p.step % c.train.sample_every == 0:
-            self.folder.say(f"sample: {self.sample(c.train.sample_prompt)!r}")
-        if c.checkpoint.every and p.step % c.checkpoint.every == 0:
-            self.save()
-        if c.train.early_stop and p.validations_since_best >= c.train.early_stop:
-            return f"no better validation in {p.validations_since_best}"
-        return ""
-
-    def validate(self, max_tokens: int) -> None:
-        """Score held-out documents; a row of metrics.jsonl."""
-        c, t, p = self.c.train, self.t, self.t.progress
-        started = time.perf_counter()
-        stop = (lambda: self.folder.stop_signal is not None) if max_tokens else (lambda: False)
+    def score(self, max_tokens: int) -> bits_per_byte.Score | None:
+        """Score held-out documents, all where `max_tokens` is 0; a row of metrics.jsonl, or None where a signal ended it."""
+        c, t, started = self.c.train, self.t, time.perf_counter()
         score = bits_per_byte.score(
-            t.model, t.val_shards, length=c.length, stride=c.val_stride or max(1, c.length // 2), device=t.device, max_tokens=max_tokens, stop=stop
-        )
-        if score is None:
-            return
-        self.val = score
-        seconds = time.perf_counter() - started
-        if max_tokens or p.best_bpb is None:  # the last validation scores more documents: no comparison with the others
-            better = p.best_bpb is None or score.bits_per_byte < p.best_bpb
-            p.best_bpb = score.bits_per_byte if better else p.best_bpb
-            p.validations_since_best = 0 if better else p.validations_since_best + 1
-        row = dict(
-            step=p.step,
-            val_loss=score.nats_per_token,
-            val_bpb=score.bits_per_byte,
-            val_tokens=score.tokens,
-            val_documents=score.documents,
-            val_s=round(seconds, 3),
-        )
-        self.folder.metric(row)
-        self.folder.say(f"step {p.step:>6,}  validation: {score.nats_per_token:.4f} nats per token, {score.bits_per_byte:.4f} bits per byte"
-                        f" ({score.documents} documents, {seconds:.1f} s)")  # fmt: skip
+            t.model, t.val_shards, length=c.length, stride=c.val_stride or max(1, c.length // 2), device=t.device, max_tokens=max_tokens,
+            stop=lambda: self.folder.stop_signal is not None,
+        )  # fmt: skip
+        if score is not None:
+            seconds, step = time.perf_counter() - started, self.progress.step
+            self.folder.metric(dict(step=step, val_loss=score.nats_per_token, val_bpb=score.bits_per_byte, val_tokens=score.tokens,
+                                    val_documents=score.documents, val_s=round(seconds, 3)))  # fmt: skip
+            self.folder.say(f"step {step:>6,}  validation: {score.nats_per_token:.4f} nats per token, {score.bits_per_byte:.4f} bits per byte"
+                            f" ({score.documents} documents, {seconds:.1f} s)")  # fmt: skip
+        return score
 
     def sample(self, prompt: str, tokens: int = 64) -> str:
         """A continuation of `prompt`."""
@@ -470,33 +443,18 @@ class Loop:
         ids = [t.bos, *t.encode(prompt)]
         return t.decode([*ids, *generate(self.t.model, ids, SamplingConfig(max_tokens=tokens), stop=frozenset([t.eos]))])
 
-    def save(self) -> None:
-        """Write a checkpoint, then drop those no longer to be kept."""
-        p = self.t.progress
-        if self.last_saved == p.step:
-            return
-        started = time.perf_counter()
-        path = checkpoint.save(self.folder.checkpoints, p.step, self.t.tensors(), self.t.state())
-        self.last_saved = p.step
-        removed = [r.name for r in checkpoint.retain(self.folder.checkpoints, self.c.checkpoint.keep)]
-        self.checkpoint_seconds += time.perf_counter() - started
-        self.folder.event("checkpoint", step=p.step, seconds=round(time.perf_counter() - started, 4), removed=removed)
-        self.folder.say(f"step {p.step:>6,}  checkpoint: {path}")
-
     def finish(self, reason: str) -> int:
-        """The last validation and checkpoint, and a summary."""
-        p = self.t.progress
-        stopped = self.folder.stop_signal is not None
-        self.val = None  # a validation on the way scored only a part: it is no result
-        if not stopped:
-            self.validate(0)
-        self.save()
+        """The last checkpoint, the validation of all held-out documents (unless a signal hurries), and a summary."""
+        self.look()
+        self.t.session.save()
+        p = self.progress
+        score = self.score(0) if self.folder.stop_signal is None else None
         summary = dict(
             reason=reason, step=p.step, tokens=p.tokens, seconds=round(p.seconds, 3), rows_read=p.cursor, peak_memory_bytes=self.t.peak.bytes(),
-            val_loss=self.val.nats_per_token if self.val else None, val_bpb=self.val.bits_per_byte if self.val else None,
-            state_sha256=checkpoint.fingerprint(self.t.tensors(), {"cursor": p.cursor, "step": p.step, "tokens": p.tokens}),
+            val_loss=score.nats_per_token if score else None, val_bpb=score.bits_per_byte if score else None,
+            state_sha256=self.t.session.fingerprint(),
         )  # fmt: skip
         self.folder.event("end", **summary)
-        (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        replace_text(self.folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
         self.folder.say(f"pretrain: {reason} at step {p.step:,}: {p.tokens:,} tokens in {p.seconds:.1f} s; state {summary['state_sha256'][:16]}")
         return 0

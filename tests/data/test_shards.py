@@ -168,6 +168,34 @@ def test_an_id_outside_the_vocabulary_is_named_with_shard_and_offset(tmp_path):
         shards.read(28, 34)
 
 
+def test_the_id_that_is_named_is_the_one_at_the_place_that_is_named(tmp_path):
+    shards = write(tmp_path / "d", [[1, 60, 99, 2]], vocab_size=50)
+    with pytest.raises(ValueError, match="train-00000.bin, token 1: id 60 outside"):
+        shards.read(0, 4)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda index: [], "no 'format' of type int"),
+        (lambda index: {"format": 1}, "no 'dtype' of type str"),
+        (lambda index: index | {"format": 99}, "format 99, this version reads 1"),
+        (lambda index: index | {"dtype": "float99"}, "dtype 'float99', not uint16 or uint32"),
+        (lambda index: index | {"vocab_size": "512"}, "no 'vocab_size' of type int"),
+        (lambda index: index | {"splits": [1]}, "no 'splits' of type dict"),
+        (lambda index: index | {"splits": {"train": {}}}, "no 'train' of type list"),
+        (lambda index: index | {"splits": {"train": ["x"]}}, "no 'name' of type str"),
+        (lambda index: index | {"splits": {"train": [index["splits"]["train"][0] | {"tokens": 1.5}]}}, "no 'tokens' of type int"),
+    ],
+)
+def test_a_damaged_index_is_one_line_with_its_name(tmp_path, change, message):
+    write(tmp_path / "d", [[1, 2, 3]])
+    path = tmp_path / "d/index.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=f"^{path}: .*{message}.*; run nanotrain prepare again$"):
+        TokenShards(tmp_path / "d", "train")
+
+
 def test_mistakes_of_prepare_leave_nothing_behind(corpus, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/keep.me").write_text("x")

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +58,13 @@ def test_what_cannot_be_read_is_named_counted_and_skipped(tmp_path, monkeypatch)
         read(tmp_path, quota=2)
 
 
+def test_a_number_too_long_for_python_is_one_more_broken_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "n": ' + "1" * 5000 + '}\n{"text": "end"}\n')
+    documents, said = read(tmp_path)
+    assert [d.text for d in documents] == ["end"] and len(said) == 1
+    assert said[0].startswith(f"skipped {tmp_path}/a.jsonl:1: broken JSON: Exceeds the limit")
+
+
 def test_a_gz_file_that_is_none_and_a_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_DOCUMENT", 1 << 20)
     (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
@@ -86,3 +96,10 @@ def test_the_standard_library_with_its_twins_together():
         assert names[first].split_key == names[second].split_key
     assert names["ast.py"].split_key != names["csv.py"].split_key
     assert documents == list(python_documents())
+
+
+def test_the_standard_library_is_found_where_nothing_else_was_imported():
+    root = Path(__file__).resolve().parents[2]
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); from nanotrain.data.sources import python_documents; next(python_documents())"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

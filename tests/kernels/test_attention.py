@@ -66,6 +66,19 @@ def oracle(
     return out, lse
 
 
+def plain(q, k, v, *, causal=True, lengths=None):
+    """Attention inside documents of `lengths`, over whole matrices in the inputs' dtype with the softmax in fp32 at least."""
+    (_, T, H, D), (S, K) = q.shape, k.shape[1:3]
+    rows, columns = torch.arange(S - T, S)[:, None], torch.arange(S)
+    visible = columns <= rows if causal else torch.ones(T, S, dtype=torch.bool)
+    if lengths is not None:
+        document = torch.repeat_interleave(torch.tensor(lengths))
+        visible = visible & (document[:, None] == document)
+    scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(H // K, 2)) * D**-0.5
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~visible, -math.inf)
+    return torch.einsum("bhts,bshd->bthd", torch.softmax(scores, -1).to(q.dtype), v.repeat_interleave(H // K, 2))
+
+
 def draw_inputs(B, T, S, H, K, D, Dv=None, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((B, T, H, D), (B, S, K, D), (B, S, K, Dv or D)))
@@ -138,21 +151,106 @@ def test_every_feature_and_gradient_equals_the_definition(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_error_is_within_twice_that_of_plain_attention_in_the_same_dtype(B, T, S, H, K, D, dtype):
     q, k, v = draw_inputs(B, T, S, H, K, D, dtype=dtype)
-    wide = [x.detach().double() for x in (q, k, v)]
-    exact = flash_attention(*wide)
-    rows, columns = torch.arange(S - T, S)[:, None], torch.arange(S)
-    scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(H // K, 2)) * D**-0.5
-    weights = torch.softmax(scores.float().masked_fill(columns > rows, -math.inf), -1).to(dtype)
-    plain = torch.einsum("bhts,bshd->bthd", weights, v.repeat_interleave(H // K, 2))
+    exact = plain(*(x.detach().double() for x in (q, k, v)))
     error = (flash_attention(q, k, v).double() - exact).abs().max()
-    assert error <= 2 * (plain.double() - exact).abs().max() + 1e-7
+    assert error <= 2 * (plain(q, k, v).double() - exact).abs().max() + 1e-7
+
+
+def offsets(lengths):
+    """cu_seqlens of documents of these lengths."""
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+
+
+def result_and_gradients(function, inputs, **options):
+    """(out, gradients of q, k, v) under one non-uniform upstream, and whether the path that keeps its probabilities ran."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves, **options)
+    up = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    nodes, waiting = set(), [out.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        nodes.add(node.name())
+        waiting += [parent for parent, _ in node.next_functions if parent is not None]
+    return (out.detach(), *torch.autograd.grad(out, leaves, up)), "_CausalBackward" in nodes
+
+
+LAYOUTS = [(5, None), (5, [1, 3, 1]), (129, None), (129, [1, 128]), (300, None), (300, [1, 129, 170])]
+"""Rows of T tokens, short of and across the causal path's blocks of 128 queries; or packed documents that make them up."""
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T,lengths", LAYOUTS)
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "fused"])
+def test_plain_attention_and_its_gradients_equal_the_definition(T, lengths, causal, kept, monkeypatch):
+    if not kept:
+        monkeypatch.setattr(attention, "_SCORES", 0)  # every row counts as long
+    inputs = draw_inputs(1, T, T, 4, 2, 8)
+    packed = {} if lengths is None else {"cu_seqlens": offsets(lengths)}
+    got, took = result_and_gradients(flash_attention, inputs, causal=causal, **packed)
+    want, _ = result_and_gradients(plain, inputs, causal=causal, lengths=lengths)
+    assert took == kept
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
+    if T == 5 and lengths is None:  # that definition over matrices is the one of single scores
+        torch.testing.assert_close(want[0], oracle(*inputs, causal=causal)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("T,lengths", LAYOUTS)
+@pytest.mark.parametrize("sharpness", [1.0, 4.0])
+def test_gradients_err_within_twice_those_of_plain_attention_in_the_same_dtype(T, lengths, dtype, sharpness):
+    q, k, v = draw_inputs(1, T, T, 16, 8, 64, dtype=dtype)  # heads enough that the shortest rows' errors are no matter of luck
+    q = q * sharpness
+    packed = {} if lengths is None else {"cu_seqlens": offsets(lengths)}
+    (got, took), (same, _) = result_and_gradients(flash_attention, (q, k, v), **packed), result_and_gradients(plain, (q, k, v), lengths=lengths)
+    exact, _ = result_and_gradients(plain, [x.double() for x in (q, k, v)], lengths=lengths)
+    assert took
+    for g, s, e in zip(got, same, exact, strict=True):
+        assert (g.double() - e).norm() <= 2 * (s.double() - e).norm()
+
+
+def test_scores_are_not_rounded():
+    """Equal large scores beyond fp16, and bf16 scores of about 20: an error of their own rounding would be 0.08 in the exponent."""
+    x = torch.full((1, 8, 1, 64), 40.0, dtype=torch.float16)
+    torch.testing.assert_close(flash_attention(x, x, x), x)
+    q, k, v = draw_inputs(1, 128, 128, 4, 4, 64, dtype=torch.bfloat16)
+    q = q * 8
+    exact = plain(q.double(), k.double(), v.double())
+    assert (flash_attention(q, k, v).double() - exact).norm() < 2**-8 * exact.norm()
+
+
+@pytest.mark.parametrize("shape", [(), (20,), (1, 1, 1, 1), (1, 1, 1, 20), (1, 1, 20, 1), (2, 1, 20, 20), (4, 20, 20), (2, 4, 1, 20)])
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_bias_is_broadcast_in_every_block(shape, window, monkeypatch):
+    monkeypatch.setattr(attention, "_SCORES", 1)  # blocks of 16 queries
+    q, k, v = draw_inputs(2, 20, 20, 4, 2, 8)
+    bias = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    results = []
+    for tensor in (bias, bias.expand(2, 4, 20, 20).contiguous()):
+        out = flash_attention(q, k, v, bias=tensor, window=window)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 5, 5), (1, 2, 6, 7), (4, 1, 1, 1), (4, 1, 5, 1), (2, 5, 5), (1, 5)])
+def test_a_bias_is_picked_for_each_packed_document(shape):
+    lengths = [3, 1, 5, 3]
+    q, k, v = draw_inputs(1, 12, 12, 2, 2, 8)
+    bias = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    packed = flash_attention(q, k, v, bias=bias, cu_seqlens=offsets(lengths))
+    alone = []
+    for n, (length, *inputs) in enumerate(zip(lengths, *(x.split(lengths, 1) for x in (q, k, v)), strict=True)):
+        own = torch.broadcast_to(bias, (4, 2, max(5, *shape[-2:-1]), max(5, shape[-1])))[n : n + 1, :, :length, :length]
+        alone.append(flash_attention(*inputs, bias=own))
+    torch.testing.assert_close(packed, torch.cat(alone, 1))
 
 
 @pytest.mark.parametrize("features", [{}, {"window": 3}, {"softcap": 1.5}, {"dropout_p": 0.4}])
 def test_packed_documents_equal_each_alone(features):
     lengths = [3, 1, 5, 3, 4]
     q, k, v = draw_inputs(1, sum(lengths), sum(lengths), 4, 2, 8)
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    cu_seqlens = offsets(lengths)
     seeds = torch.arange(10, 10 + len(lengths)) if "dropout_p" in features else None
     packed, lse = flash_attention(q, k, v, cu_seqlens=cu_seqlens, seed=seeds, return_lse=True, **features)
     outs, lses, first = [], [], 0
@@ -197,8 +295,9 @@ def test_long_inputs_never_hold_all_scores():
                 largest = max(largest, r.numel()) if isinstance(r, torch.Tensor) else largest
             return result
 
+    bias = torch.zeros(1, 1, 1, 3000, requires_grad=True)
     with Watch():
-        flash_attention(q, k, v, softcap=5.0).sum().backward()
+        flash_attention(q, k, v, softcap=5.0, bias=bias).sum().backward()
     assert largest <= attention._SCORES < 3000 * 3000
 
 
@@ -211,10 +310,23 @@ def test_long_inputs_never_hold_all_scores():
         (dict(dropout_p=1.0, seed=1), "dropout_p=1.0"),
         (dict(cu_seqlens_k=torch.tensor([0, 1])), "cu_seqlens_k without"),
         (dict(impl="fast"), "impl='fast'"),
+        (dict(softcap=0.0), "softcap=0.0"),
+        (dict(sinks=torch.zeros(2)), r"sinks \(2,\) must be \(1,\)"),
+        (dict(alibi_slopes=torch.zeros(2, 1)), r"alibi_slopes \(2, 1\) must be \(1,\) or \(1, 1\)"),
+        (dict(prefix_len=torch.tensor([1, 2])), "prefix_len"),
+        (dict(dropout_p=0.5, seed=torch.tensor([1, 2])), "seed"),
+        (dict(bias=torch.zeros(2, 1, 1, 1)), r"bias .* does not broadcast to \(1, 1, 3, 3\)"),
+        (dict(bias=torch.zeros(2)), "bias .* does not broadcast"),
+        (dict(cu_seqlens=torch.tensor([0, 1])), r"cu_seqlens must rise from 0 to the 3 tokens held, got \[0, 1\]"),
+        (dict(cu_seqlens=torch.tensor([0, 4, 3])), "cu_seqlens must rise"),
+        (dict(cu_seqlens=torch.tensor([0, 3]), cu_seqlens_k=torch.tensor([0, 1])), "cu_seqlens_k must rise"),
+        (dict(cu_seqlens=torch.tensor([0, 3]), cu_seqlens_k=torch.tensor([0, 1, 3])), "1 documents, cu_seqlens_k 2"),
+        (dict(cu_seqlens=torch.tensor([0, 1, 3]), bias=torch.zeros(3, 1, 1, 1)), "bias .* does not broadcast"),
+        (dict(cu_seqlens=torch.tensor([0, 3]), bias=torch.zeros(2, 3)), "bias .* does not reach the longest document, 3 x 3"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    q, k, v = draw_inputs(1, 2, 2, 1, 1, 4)
+    q, k, v = draw_inputs(1, 3, 3, 1, 1, 4)
     with pytest.raises(ValueError, match=message):
         flash_attention(q, k, v, **change)
 
@@ -227,6 +339,8 @@ def test_bad_shapes_are_named():
         flash_attention(q[:, :, :3], k, v)
     with pytest.raises(ValueError, match="dtypes differ"):
         flash_attention(q.float(), k, v)
+    with pytest.raises(ValueError, match="floating point"):
+        flash_attention(q.long(), k.long(), v.long())
     with pytest.raises(ValueError, match="B must be 1"):
         flash_attention(q, k, v, cu_seqlens=torch.tensor([0, 3]))
     with pytest.raises(RuntimeError, match="no Triton kernel"):

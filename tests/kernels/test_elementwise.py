@@ -55,6 +55,15 @@ def test_layer_norm(shape, dtype, bias):
 
 
 @pytest.mark.parametrize("function", [rms_norm, layer_norm])
+def test_a_single_row_without_a_batch_dimension(function):
+    x, w = normal(8).requires_grad_(), normal(8, seed=1).requires_grad_()
+    up = normal(8, seed=2)
+    alone, batched = function(x, w), function(x[None], w)[0]
+    torch.testing.assert_close(alone, batched)
+    torch.testing.assert_close(torch.autograd.grad((alone * up).sum(), (x, w)), torch.autograd.grad((batched * up).sum(), (x, w)))
+
+
+@pytest.mark.parametrize("function", [rms_norm, layer_norm])
 def test_fused_residual_equals_addition_before(function):
     x, r, w = normal(4, 8).requires_grad_(), normal(4, 8, seed=1).requires_grad_(), normal(8, seed=2)
     normed, total = function(x, w, residual=r)
@@ -121,6 +130,8 @@ def test_bad_arguments_are_named():
     q = normal(1, 5, 2, 4)
     with pytest.raises(ValueError, match="rope: tables of 3"):
         rope(q, q, normal(3, 2), normal(3, 2))
+    with pytest.raises(ValueError, match="rope: q .* must be"):
+        rope(q[0], q[0], normal(5, 2), normal(5, 2))
     with pytest.raises(ValueError, match="rope: positions"):
         rope(q, q, normal(5, 2), normal(5, 2), positions=torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="no Triton kernel"):

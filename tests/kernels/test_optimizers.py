@@ -91,3 +91,7 @@ def test_bad_arguments_are_named():
     narrow = [p.bfloat16() for p in params]
     with pytest.raises(ValueError, match="need masters"):
         adamw_(narrow, grads, m, v, lr=0.1, step=1, **HYPER)
+    with pytest.raises(ValueError, match="3 counter_starts for 4 params"):
+        adamw_(narrow, grads, m, v, lr=0.1, step=1, seed=1, counter_starts=[0, 1, 2], **HYPER)
+    with pytest.raises(ValueError, match="different devices"):
+        adamw_(params, [g.to("meta") for g in grads], m, v, lr=0.1, step=1, **HYPER)

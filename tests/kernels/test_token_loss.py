@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanotrain.kernels import token_loss
 from nanotrain.kernels.token_loss import EXAMPLES, cross_entropy, linear_cross_entropy
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def oracle(hidden, weight, labels, *, label_smoothing=0.0, z_loss=0.0, softcap=None, temperature=1.0):
@@ -99,6 +100,26 @@ def test_low_precision_stays_near_the_exact_result(N, C, V, dtype):
         assert (g.double() - w.double()).norm() <= 2 * (p.double() - w.double()).norm() + 1e-5 * w.double().norm()
 
 
+def weighted_gradients(hidden, weight, labels, token_weight, upstream):
+    """Of the weighted loss times upstream: (ours, those of the float64 definition)."""
+    ours = linear_cross_entropy(hidden, weight, labels, token_weight_N=token_weight)[0] * upstream
+    exact = (oracle(hidden, weight, labels)[0] * token_weight.double()).sum() * upstream
+    return [torch.autograd.grad(loss, (hidden, weight)) for loss in (ours, exact)]
+
+
+def test_fp16_gradients_are_exact_to_rounding_with_the_loss_scale_in_the_weights():
+    hidden, weight, labels = draw(2048, 64, 256, torch.float16)
+    token_weight = torch.full((2048,), 2.0**15 / 2048)
+    for got, want in zip(*weighted_gradients(hidden, weight, labels, token_weight, 1.0), strict=True):
+        assert (got.double() - want).norm() < 1e-3 * want.norm()
+
+
+def test_an_upstream_gradient_beyond_fp16_does_not_overflow_where_the_result_fits():
+    hidden, weight, labels = draw(32, 16, 50, torch.float16)
+    for got, want in zip(*weighted_gradients(hidden, weight, labels, torch.full((32,), 2.0**-5), 2.0**16), strict=True):
+        assert (got.double() - want).norm() < 2e-3 * want.norm()
+
+
 def test_upstream_gradient_of_each_token_counts(small_chunks):
     """Liger-Kernel issue 968: a per-token upstream gradient must not be replaced by its mean or by one."""
     hidden, weight, labels = draw(20, 4, 11, ignored=())
@@ -188,9 +209,30 @@ def test_bad_arguments_are_named():
         (dict(weight_VC=weight[:, :3]), "do not fit"),
         (dict(weight_VC=weight.float()), "differ"),
         (dict(temperature=0.0), "temperature"),
+        (dict(softcap=0.0), "softcap=0.0"),
         (dict(token_weight_N=torch.ones(2)), "token_weight"),
     ):
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(**(dict(hidden_NC=hidden, weight_VC=weight, labels_N=labels) | change))
     with pytest.raises(ValueError, match="do not fit"):
         cross_entropy(hidden, labels[:2])
+
+
+@pytest.mark.parametrize("label", [5, -1])
+def test_a_label_outside_the_vocabulary_is_named_with_its_index(label):
+    hidden, weight, labels = draw(3, 4, 5)
+    labels[2] = label
+    message = rf"label {label} at index 2 is not in \[0, 5\), nor ignore_index=-100"
+    with pytest.raises(ValueError, match="linear_cross_entropy: " + message):
+        linear_cross_entropy(hidden, weight, labels)
+    with pytest.raises(ValueError, match="cross_entropy: " + message):
+        cross_entropy(hidden @ weight.T, labels)
+    labels[1] = label  # no -100 is left, and so this one may stand for it
+    assert (linear_cross_entropy(hidden, weight, labels, ignore_index=label)[0][1:] == 0).all()
+
+
+def test_labels_without_values_are_not_read():
+    """The memory plan runs the head on fake tensors."""
+    with FakeTensorMode():
+        hidden, weight, labels = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)
+        assert linear_cross_entropy(hidden, weight, labels)[0].shape == cross_entropy(hidden, labels).shape == (3,)

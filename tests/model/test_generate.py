@@ -34,6 +34,13 @@ def test_the_seed_decides():
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_any_positive_temperature_works():
+    raw = torch.tensor([2.0, 1.0, 0.5, -1.0])
+    for temperature in (1e-42, 1e-30, 1e30):
+        drawn = next_token_probabilities(raw, torch.tensor([0]), SamplingConfig(temperature=temperature))
+        assert abs(float(drawn.sum()) - 1) < 1e-6 and (drawn[0] == 1 or temperature > 1)
+
+
 def probabilities(seen=(0,), **options):
     raw = torch.tensor([2.0, 1.0, 0.5, -1.0])
     return next_token_probabilities(raw, torch.tensor(seen), SamplingConfig(**(dict(temperature=1.0) | options)))

@@ -272,6 +272,10 @@ def test_alibi_slopes():
         (dict(dropout=1.0), "--model.dropout 1.0"),
         (dict(layers=0), "--model.layers 0"),
         (dict(width=2, heads=4), "--model.width 2"),
+        (dict(kv_heads=-1), "--model.kv_heads -1"),
+        (dict(ffn_width=-5), "--model.ffn_width -5"),
+        (dict(rope_scaling="ntk", head_dim=2), "--model.head_dim 2"),
+        (dict(rope_factor=0.0), "--model.rope_factor 0.0"),
     ],
 )
 def test_shapes_that_cannot_be_built_name_their_flag(options, message):
