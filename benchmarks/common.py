@@ -18,15 +18,19 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call, the candidates taking turns, so that a slow moment of the machine hits all of them."""
+    """Seconds of each call, the candidates taking turns, so that a slow moment of the machine hits all of them.
+
+    Each round begins with the next candidate: none always finds what the same other one left (warm pages, a busy disk).
+    """
     for _ in range(warm_up):
         for call in candidates.values():
             call()
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, call in candidates.items():
+    names = list(candidates)
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             started = time.perf_counter()
-            call()
+            candidates[name]()
             times[name].append(time.perf_counter() - started)
     return times
 

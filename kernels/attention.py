@@ -181,6 +181,46 @@ def _dense(
     return torch.cat(outs, 2).transpose(1, 2), torch.cat(lses, 2)
 
 
+class _Lay(torch.autograd.Function):
+    """Rows laid into padded slots; padding repeats a row of its document, and its gradient is dropped."""
+
+    @staticmethod
+    def forward(ctx, x, source, slot):
+        ctx.save_for_backward(slot)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Take(torch.autograd.Function):
+    """Rows taken out of their slots again; padding gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, source, slot):
+        ctx.save_for_backward(slot)
+        ctx.slots = len(source)
+        return x.index_select(0, slot)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.new_zeros(ctx.slots, *grad.shape[1:]).index_copy_(0, *ctx.saved_tensors, grad), None, None
+
+
+def _places(lengths, order, padded, device):
+    """(source, slot) for documents of `lengths` laid out in `order`, each padded to its entry of `padded`: the row that fills each slot,
+    and the slot that holds each row."""
+    lengths, padded = torch.tensor(lengths), torch.tensor(padded)
+    starts = (lengths.cumsum(0) - lengths)[order]
+    document = torch.arange(len(padded)).repeat_interleave(padded)
+    inside = torch.arange(len(document)) - (padded.cumsum(0) - padded)[document]
+    source = starts[document] + inside.minimum(lengths[order][document] - 1)
+    real = (inside < lengths[order][document]).nonzero()[:, 0]
+    slot = torch.empty_like(real).index_copy_(0, source[real], real)
+    return source.to(device), slot.to(device)
+
+
 def _lengths(name, offsets, total):
     """Lengths of the documents between offsets, which must run from 0 to total."""
     ends = offsets.tolist()
@@ -210,29 +250,33 @@ def flash_attention_reference(
         longest = (max(lengths_q), max(lengths_k))
         if bias is not None and any(1 != n < length for n, length in zip(bias.shape[-2:], longest, strict=True)):
             raise ValueError(f"flash_attention: bias {tuple(bias.shape)} does not reach the longest document, {longest[0]} x {longest[1]}")
-        q, k, v = q_BTHD[0].split(lengths_q), k_BSKD[0].split(lengths_k), v_BSKD[0].split(lengths_k)
         # Under a causal mask a document may be padded at its end: no query of its own sees that. Few lengths make few, full batches.
         grain = _GRAIN if causal and cu_seqlens_k is None and q_start is None and prefix_len is None and bias is None else 1
         groups: dict[tuple[int, int], list[int]] = {}
         for document, (t, s) in enumerate(zip(lengths_q, lengths_k, strict=True)):
             groups.setdefault((-(-t // grain) * grain, -(-s // grain) * grain), []).append(document)
-        outs, lses = [None] * len(lengths_q), [None] * len(lengths_q)
+        order = [document for documents in groups.values() for document in documents]
+        places_q = _places(lengths_q, order, [t for (t, _), documents in groups.items() for _ in documents], q_BTHD.device)
+        places_k = _places(lengths_k, order, [s for (_, s), documents in groups.items() for _ in documents], q_BTHD.device)
+        q, k, v = _Lay.apply(q_BTHD[0], *places_q), _Lay.apply(k_BSKD[0], *places_k), _Lay.apply(v_BSKD[0], *places_k)
+        outs, lses, first_q, first_k = [], [], 0, 0
 
         def pick(value, documents, shared=0):  # the documents' own values, unless value has only dimensions that they share
             return value[documents] if isinstance(value, torch.Tensor) and value.dim() > shared else value
 
-        def stack(parts, documents, length):
-            return torch.stack([F.pad(parts[d], (0, 0, 0, 0, 0, length - len(parts[d]))) if len(parts[d]) < length else parts[d] for d in documents])
-
         for (t, s), documents in groups.items():
+            n = len(documents)
+            last_q, last_k = first_q + n * t, first_k + n * s
+            cuts = ((q, first_q, last_q), (k, first_k, last_k), (v, first_k, last_k))
+            own = (x[first:last].view(n, (last - first) // n, *x.shape[1:]) for x, first, last in cuts)
             own_bias = None if bias is None else _bias_part(bias if len(bias) == 1 else bias[documents], slice(t), slice(s))
-            out, lse = _dense(stack(q, documents, t), stack(k, documents, s), stack(v, documents, s), alibi_slopes=pick(alibi_slopes, documents, 1),
-                              bias=own_bias, prefix_len=pick(prefix_len, documents), seed=pick(seed, documents), **common)  # fmt: skip
-            for index, document in enumerate(documents):
-                outs[document] = out[index, : lengths_q[document]]
-                lses[document] = None if lse is None else lse[index, :, : lengths_q[document]]
-        out = torch.cat(outs)[None]
-        lse = torch.cat(lses, -1)[None] if return_lse else None
+            out, lse = _dense(*own, alibi_slopes=pick(alibi_slopes, documents, 1), bias=own_bias, prefix_len=pick(prefix_len, documents),
+                              seed=pick(seed, documents), **common)  # fmt: skip
+            outs.append(out.flatten(0, 1))
+            lses.append(None if lse is None else lse.mT.flatten(0, 1))
+            first_q, first_k = last_q, last_k
+        out = _Take.apply(torch.cat(outs), *places_q)[None]
+        lse = _Take.apply(torch.cat(lses), *places_q).mT[None] if return_lse else None
     out = out.to(q_BTHD.dtype)
     return (out, lse) if return_lse else out
 

@@ -7,6 +7,8 @@ Source: Shazeer 2020 (arXiv 2002.05202); gelu in its tanh form, as GPT-2 and Gem
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from nanotrain.kernels.runtime import choose, compute_dtype
@@ -15,16 +17,32 @@ EXAMPLES = ((8, 64), (3, 80), (1, 1), (5, 257))
 """Shapes (rows, F) that tests and benchmarks share."""
 
 
+class _Gated(torch.autograd.Function):
+    """act(gate) * up that keeps its two inputs alone: autograd would keep wide copies of them and of act(gate)."""
+
+    @staticmethod
+    def forward(ctx, gate, up, act, act_backward):
+        ctx.save_for_backward(gate, up)
+        ctx.act, ctx.act_backward = act, act_backward
+        dtype = compute_dtype(gate)
+        return (act(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        narrow, dtype = grad.dtype, compute_dtype(grad)
+        gate, up = (x.to(dtype) for x in ctx.saved_tensors)
+        grad = grad.to(dtype)
+        return ctx.act_backward(grad * up, gate).to(narrow), ctx.act(gate).mul_(grad).to(narrow), None, None
+
+
 def swiglu_reference(gate, up):
     """silu(gate) * up in plain PyTorch."""
-    dtype = compute_dtype(gate)
-    return (F.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+    return _Gated.apply(gate, up, F.silu, torch.ops.aten.silu_backward)
 
 
 def geglu_reference(gate, up):
     """gelu(gate, tanh form) * up in plain PyTorch."""
-    dtype = compute_dtype(gate)
-    return (F.gelu(gate.to(dtype), approximate="tanh") * up.to(dtype)).to(gate.dtype)
+    return _Gated.apply(gate, up, partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh"))
 
 
 def _check(op, gate, up):

@@ -17,23 +17,37 @@ EXAMPLES = ((2, 7, 4, 2, 16), (1, 33, 6, 6, 80))
 """Shapes (B, T, H, K, D) that tests and benchmarks share."""
 
 
+class _Rotate(torch.autograd.Function):
+    """Rotation of x (B, T, H, D) by angles; its gradient is the upstream one rotated back, where autograd would pad and add halves."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
 def _rotate(x, cos, sin):
     half = cos.shape[-1]
-    wide = x.to(compute_dtype(x))
-    first, second = wide[..., :half], wide[..., half : 2 * half]
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    if 2 * half < x.shape[-1]:
-        parts.append(wide[..., 2 * half :])
-    return torch.cat(parts, -1).to(x.dtype)
+    first, second, rest = x.to(cos.dtype).split((half, half, x.shape[-1] - 2 * half), -1)
+    out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
+    for part, a, b, sign in ((out[..., :half], first, second, -1), (out[..., half : 2 * half], second, first, 1)):
+        torch.mul(a, cos, out=part).addcmul_(b, sin, value=sign)
+    out[..., 2 * half :] = rest
+    return out.to(x.dtype)
 
 
 def rope_reference(q_BTHD, k_BTKD, cos, sin, *, positions=None):
-    """Rotary embedding in plain PyTorch; returns (q, k) in their own dtypes."""
+    """Rotary embedding in plain PyTorch; returns (q, k) in their own dtypes. Angles get no gradient."""
     T = q_BTHD.shape[1]
     dtype = compute_dtype(q_BTHD)
     cos, sin = (t[:T] if positions is None else t[positions] for t in (cos, sin))
     cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
-    return _rotate(q_BTHD, cos, sin), _rotate(k_BTKD, cos, sin)
+    return _Rotate.apply(q_BTHD, cos, sin), _Rotate.apply(k_BTKD, cos, sin)
 
 
 def rope(q_BTHD, k_BTKD, cos, sin, *, positions=None, impl="auto"):

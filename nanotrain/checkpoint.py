@@ -238,19 +238,13 @@ def _open(path: Path):
         raise ValueError(f"{path}: no readable safetensors file ({error})") from None
 
 
-def retain(parent: Path, keep: int) -> Iterator[Path]:
-    """Remove all but the newest `keep` checkpoints and the best; yields what it removes.
+def retain(parent: Path, keep: int, good: Path) -> Iterator[Path]:
+    """Remove all but `good`, the newest `keep` checkpoints and the best; yields what it removes.
 
-    The newest is verified first: where it is damaged nothing is removed, so the only good one never goes.
+    `good` was just written without an error, or verified: it stays whatever else is damaged, so the only good one never goes.
     """
     paths = directories(parent)
-    spare = paths[: -max(1, keep)]
-    if not spare:
-        return
-    try:
-        verify(paths[-1])
-    except Damaged:
-        return
+    spare = [path for path in paths[: -max(1, keep)] if path != good]
     losses = {}
     for path in paths:
         try:

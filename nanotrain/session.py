@@ -67,7 +67,7 @@ class Session:
             return
         path = checkpoint.save(self.folder.checkpoints, p.step, self.tensors(), self.facts | asdict(p))
         self.saved = p.step
-        removed = [r.name for r in checkpoint.retain(self.folder.checkpoints, self.keep)]
+        removed = [r.name for r in checkpoint.retain(self.folder.checkpoints, self.keep, path)]
         seconds = time.perf_counter() - started
         self.seconds += seconds
         self.folder.event("checkpoint", step=p.step, seconds=round(seconds, 4), removed=removed)
