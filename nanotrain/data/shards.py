@@ -113,7 +113,7 @@ class TokenShards:
                     raise ValueError(f"{file}: {file.stat().st_size} bytes, the index says {size} (truncated?); run nanotrain prepare again")
                 if verify and file_sha256(file) != expected:
                     raise ValueError(f"{file}: its SHA-256 is not the index's {expected[:12]}... (damaged or changed); run nanotrain prepare again")
-            self._maps.append(np.memmap(path, dtype=dtype, mode="r"))
+            self._maps.append(np.memmap(path, dtype=dtype, mode="r").view(np.ndarray))  # memmap's own slices are slow
             boundaries.append(np.load(table, allow_pickle=False))
         self._first = np.concatenate([[0], np.cumsum([s.tokens for s in self.shards])])
         self.document_starts = np.concatenate([b[:, 0] + f for b, f in zip(boundaries, self._first, strict=False)])
