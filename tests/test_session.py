@@ -101,8 +101,8 @@ def test_every_step_has_its_row_however_seldom_the_host_looks(whole, data, tmp_p
     assert [int(line.split()[1]) for line in lines] == [1, 5, 7, 10, 14, 15, 20, 21, 24]
 
 
-@pytest.mark.parametrize("log_every", [1, 9])
-def test_a_spike_is_found_at_its_step_however_seldom_the_host_looks(data, tmp_path, monkeypatch, log_every):
+@pytest.mark.parametrize("steps,log_every", [(160, 1), (160, 9), (153, 1000)])
+def test_a_spike_is_found_at_its_step_however_seldom_the_host_looks(data, tmp_path, monkeypatch, steps, log_every):
     original, spikes = pretrain.step, []
 
     def step(model, optimizer, batches, factor, seed):
@@ -113,12 +113,12 @@ def test_a_spike_is_found_at_its_step_however_seldom_the_host_looks(data, tmp_pa
         return loss, result
 
     monkeypatch.setattr(pretrain, "step", step)
-    assert main(flags(data, tmp_path / "r", "--train.steps=160", "--checkpoint.every=70", f"--run.log_every={log_every}")) == 0
+    assert main(flags(data, tmp_path / "r", f"--train.steps={steps}", "--checkpoint.every=70", f"--run.log_every={log_every}")) == 0
     (event,) = events(tmp_path / "r", "spike")
     assert event["step"] == 150 and event["action"] == "rolled back to step-00000140" and event["cursor"] == 300
-    assert [r["step"] for r in rows_of(tmp_path / "r")] == list(range(1, 161))
-    state = checkpoint.load_state(tmp_path / "r/checkpoints/step-00000160")
-    assert state["cursor"] == 340 and state["tokens"] == 340 * 32 and state["rollbacks"] == 1
+    assert [r["step"] for r in rows_of(tmp_path / "r")] == list(range(1, steps + 1))
+    state = checkpoint.load_state(tmp_path / f"r/checkpoints/step-{steps:08d}")
+    assert state["cursor"] == 2 * steps + 20 and state["tokens"] == state["cursor"] * 32 and state["rollbacks"] == 1
 
 
 def test_spikes_without_end_give_up_with_a_line(data, tmp_path, monkeypatch, capsys):

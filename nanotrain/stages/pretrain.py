@@ -144,7 +144,7 @@ def check(c: Config) -> None:
 
 
 class Training:
-    """What `build` puts together and the loop works on."""
+    """Everything a run is made of, built from its config."""
 
     def __init__(self, c: Config, device: torch.device, folder: Run):
         self.device, self.folder = device, folder
@@ -298,6 +298,8 @@ class Loop:
             self.between_steps()
             reason = self.reason_to_stop()
             if reason:
+                if self.look():
+                    continue  # the last steps were rolled back
                 return self.finish(reason)
             self.train_step()
             if self.progress.step == first or self.progress.step % self.c.run.log_every == 0:
@@ -343,8 +345,11 @@ class Loop:
             return f"no better validation in {p.validations_since_best}"
         return "budget used" if self.share_done() >= 1 else ""
 
-    def look(self) -> None:
-        """Read what the steps since the last look did, which waits for the device: rows of metrics, alarms, and a roll-back after a spike."""
+    def look(self) -> bool:
+        """Read what the steps since the last look did, which waits for the device: rows of metrics and alarms.
+
+        True where a loss had spiked and the run was rolled back.
+        """
         c, started = self.c.train, time.perf_counter()
         values = torch.stack([pending.results for pending in self.pending]).tolist() if self.pending else []
         waited = time.perf_counter() - started
@@ -355,13 +360,14 @@ class Loop:
             p = self.progress
             if math.isfinite(loss) and spiked(p.recent_losses[-WINDOW:], loss, c.spike_sigma):
                 if self.t.session.roll_back(loss, done.step, done.cursor, done.tokens, c.max_rollbacks):
-                    return
+                    return True
             self.log(done, loss, norm, bool(clipped), bool(skipped), seconds, last=done is pending[-1])
             p.skipped_in_a_row = p.skipped_in_a_row + 1 if skipped else 0
             if not skipped:
                 self.t.session.remember(done.step, loss, c.plateau)
             elif p.skipped_in_a_row >= c.max_skipped:
                 raise ValueError(f"step {done.step}: {p.skipped_in_a_row} non-finite steps in a row; lower --optim.lr and --optim.muon_lr")
+        return False
 
     def log(self, done: Pending, loss: float, norm: float, clipped: bool, skipped: bool, seconds: float, last: bool) -> None:
         """A step's row of metrics.jsonl; a line on the console for the `last` of a look and for one that was skipped."""
@@ -397,8 +403,7 @@ class Loop:
         validate, sample, save = (n and p.step % n == 0 for n in (c.train.val_every, c.train.sample_every, c.checkpoint.every))
         if not p.step or not (validate or sample or save):
             return
-        self.look()
-        if self.progress is not p:  # rolled back
+        if self.look():
             return
         if p.served != p.step:
             if validate and self.share_done() < 1 and not self.validate():
@@ -445,7 +450,6 @@ class Loop:
 
     def finish(self, reason: str) -> int:
         """The last checkpoint, the validation of all held-out documents (unless a signal hurries), and a summary."""
-        self.look()
         self.t.session.save()
         p = self.progress
         score = self.score(0) if self.folder.stop_signal is None else None
