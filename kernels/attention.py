@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from nanotrain.kernels.random import philox
 from nanotrain.kernels.runtime import choose, compute_dtype
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 EXAMPLES = ((2, 7, 7, 4, 2, 16), (1, 33, 33, 6, 6, 80), (1, 5, 12, 4, 1, 32))
@@ -69,6 +70,7 @@ class _Causal(torch.autograd.Function):
         return out.view(B, H, T, -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, k, v, *parts = ctx.saved_tensors
         grad = grad.reshape(q.shape)
@@ -303,7 +305,7 @@ def flash_attention(
     dropout_p, seed   dropout of probabilities [0, 1); drawn from (seed, head, query, key), so it never depends on the layout;
                   seed: int, or int64 (B,), one per document with cu_seqlens
     return_lse    also return the log-sum-exp (B, H, T) in fp32 (float64 for float64), differentiable
-    deterministic ask for a backward whose bits repeat (the reference's always do)
+    deterministic ask for a backward whose bits repeat (the reference's do on a CPU)
 
     Raises ValueError naming the argument for shapes, dtypes or combinations that make no sense.
     """

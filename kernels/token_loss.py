@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 from nanotrain.kernels.runtime import choose, compute_dtype
+from torch.autograd.function import once_differentiable
 
 EXAMPLES = ((6, 16, 50), (33, 8, 131), (1, 4, 3))
 """Shapes (N, C, V) that tests and benchmarks share."""
@@ -129,6 +130,7 @@ class _General(torch.autograd.Function):
         return loss, logprob, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, grad_logprob, grad_entropy):
         hidden, weight, labels = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
@@ -172,6 +174,7 @@ class _Weighted(torch.autograd.Function):
         return total, logprob, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_total, *_):
         grad_hidden, grad_weight = ((g.to(grad_total.dtype) * grad_total).to(ctx.dtype) for g in ctx.saved_tensors)
         return grad_hidden, grad_weight, None, None, None, None

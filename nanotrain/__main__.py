@@ -19,6 +19,8 @@ STAGES = {
 def main(argv: list[str] | None = None) -> int:
     """Run a stage; a mistake of the user's is one line on stderr and exit code 2, a failure of the machine's 1."""
     arguments = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what the console cannot show, in a sample say, must not end a run
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, STAGES))
         print("usage: nanotrain <stage> [--config FILE] [--section.key=value ...]\n")

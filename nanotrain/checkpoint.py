@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,11 @@ class Damaged(Exception):
 def save(parent: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> Path:
     """Write a checkpoint of `step`: a .safetensors file for each entry of `tensors`, and `state` as JSON.
 
-    One of the same step that verifies is left as it is. Raises OSError (full disk, read-only directory) with nothing changed
-    but a temporary directory removed.
+    One of the same step is replaced. Raises OSError (full disk, read-only directory) with nothing changed but a temporary
+    directory removed.
     """
     final = parent / f"step-{step:08d}"
-    if final.exists():
-        with suppress(Damaged):
-            verify(final)
-            return final
-    temporary = parent / f".tmp-{final.name}-{os.getpid()}"
+    temporary, replaced = parent / f".tmp-{final.name}-{os.getpid()}", parent / f".replaced-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -68,9 +64,10 @@ def save(parent: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], s
         _write(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         _sync_directory(temporary)
         if final.exists():
-            _remove(final)  # it is damaged
+            final.rename(replaced)
         temporary.rename(final)
         _sync_directory(parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         older = [d.name for d in directories(parent)[-1:]]
         kept = f"{older[0]} stands" if older else "there is none yet"
@@ -146,7 +143,11 @@ def _remove(path: Path) -> None:
 
 
 def clean(parent: Path) -> None:
-    """Remove what a killed save or removal left behind; only the owner of the run may call it."""
+    """Remove what a killed save or removal left behind, and put back what was about to be replaced; only the owner of the run may call it."""
+    for replaced in parent.glob(".replaced-step-*"):
+        if not (final := parent / replaced.name.removeprefix(".replaced-")).exists():
+            replaced.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
     for leftover in (*parent.glob(".tmp-step-*"), *parent.glob(".old-step-*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -251,7 +252,7 @@ def retain(parent: Path, keep: int, good: Path) -> Iterator[Path]:
             loss = read_manifest(path).get("val_bpb")
         except Damaged:
             continue
-        if isinstance(loss, (int, float)):
+        if isinstance(loss, (int, float)) and math.isfinite(loss):
             losses[path] = loss
     best = min(losses, key=losses.get) if losses else None
     for path in spare:

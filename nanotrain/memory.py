@@ -31,7 +31,8 @@ class MemoryPlan:
     activations_per_row: int
     """Kept for the backward, for each row of a micro-batch."""
     workspace: int
-    """The larger of what the head (a chunk of logits, its weight gradient in fp32) and the optimizer's update hold for a moment."""
+    """The largest of what is held for a moment: by the head (a chunk of logits, its weight gradient in fp32), by a feed-forward's backward
+    (four wide tensors), and by the optimizer's update."""
     rows: int
     """Rows of the micro-batch planned for."""
     available: int
@@ -56,8 +57,8 @@ class MemoryPlan:
 
     @property
     def largest_micro_batch(self) -> int:
-        """Rows that fit, with a tenth of the memory left free; 0 where not even one does."""
-        return max(0, int((0.9 * self.available - self.fixed) // max(1, self.activations_per_row)))
+        """Rows that fit, with a quarter of the memory left for what is not planned (libraries, the allocator's gaps); 0 where not even one does."""
+        return max(0, int((0.75 * self.available - self.fixed) // max(1, self.activations_per_row)))
 
 
 def plan(c: ModelConfig, *, dtype: torch.dtype, length: int, rows: int, accumulate: int, muon: bool, device: torch.device) -> MemoryPlan:
@@ -69,9 +70,12 @@ def plan(c: ModelConfig, *, dtype: torch.dtype, length: int, rows: int, accumula
     moments = hidden * wide + (count - hidden) * 2 * wide
     gradients = count * (dtype.itemsize + (wide if accumulate > 1 else 0))
     head = 3 * max(token_loss._CHUNK, 16 * c.vocab_size) * wide + c.vocab_size * c.width * wide
-    update = 5 * max(min(hidden, STACKED), c.width * c.ffn_width) * wide if muon else 0
-    one, two = (activation_bytes(c, dtype=dtype, length=length, rows=n) for n in (1, 2))
-    return MemoryPlan(count * dtype.itemsize, gradients, masters + moments, two - one, max(head, update), rows, available_memory(device))
+    stack = 5 * max(min(hidden, STACKED), c.width * c.ffn_width) if muon else 0
+    update = max(stack, count - hidden) * wide  # AdamW scales a wide copy of its gradients
+    activations = activation_bytes(c, dtype=dtype, length=length, rows=rows)
+    feed_forward = 4 * rows * length * c.ffn_width * wide
+    per_row = -(-activations // rows)
+    return MemoryPlan(count * dtype.itemsize, gradients, masters + moments, per_row, max(head, update, feed_forward), rows, available_memory(device))
 
 
 def _block_matrices(c: ModelConfig) -> int:

@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
         c.prompt,
         SamplingConfig(max_tokens=120),
         stop=stop,
-        write=lambda text: print(text.encode(errors="replace").decode(), end="", flush=True),
+        write=lambda text: print(text, end="", flush=True),
     )
     print(f"\n\nThe run lies in {directory}. Write on with:  nanotrain sample --run.dir={directory} --prompt='class '")
     return 0

@@ -72,7 +72,7 @@ class Run:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         self._lock.flush()
-        self._log = (self.path / "log.txt").open("a")
+        self._log = (self.path / "log.txt").open("a", encoding="utf-8", errors="backslashreplace")
         self._events = (self.path / "events.jsonl").open("a")
         self._metrics: TextIO | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -93,7 +93,8 @@ class Run:
         if self.stop_signal not in (None, signal.SIGPIPE):
             os._exit(128 + number)
         self.stop_signal = number
-        os.write(2, f"\nnanotrain: {signal.Signals(number).name}: finishing this step and saving; once more exits now\n".encode())
+        with suppress(OSError):  # a console that has gone, too
+            os.write(2, f"\nnanotrain: {signal.Signals(number).name}: finishing this step and saving; once more exits now\n".encode())
 
     def say(self, line: str) -> None:
         """One line to the console and log.txt; where the console's reader has gone, the run stops as after a SIGTERM."""
@@ -101,7 +102,7 @@ class Run:
             print(line, flush=True)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.stop_signal = signal.SIGPIPE
+            self.stop_signal = self.stop_signal or signal.SIGPIPE
         _append(self._log, line)
 
     def event(self, kind: str, **facts: Any) -> None:
@@ -110,19 +111,19 @@ class Run:
 
     def record(self, config_toml: str) -> None:
         """Write config.toml and env.json."""
-        replace_text(self.path / "config.toml", config_toml)
-        replace_text(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
+        replace_file(self.path / "config.toml", config_toml)
+        replace_file(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
 
-    def open_metrics(self, step: int) -> None:
-        """Continue metrics.jsonl after `step`: later rows and a torn last line are dropped, once."""
+    def open_metrics(self, step: int, validated: bool = False) -> None:
+        """Continue metrics.jsonl after `step`: later rows are dropped, a torn last line, and unless it was `validated`, its validation."""
         path = self.path / "metrics.jsonl"
         if self._metrics is not None:
             self._metrics.close()
         if path.exists():
             lines = path.read_text(errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if _is_row(line, step)]
+            kept = [line for line in lines if _is_kept(line, step, validated)]
             if kept != lines:
-                replace_text(path, "".join(kept))
+                replace_file(path, "".join(kept))
         self._metrics = path.open("a")
 
     def metric(self, row: dict[str, Any]) -> None:
@@ -139,16 +140,16 @@ def _append(file: TextIO, line: str) -> None:
         raise OSError(error.errno, error.strerror, file.name) from None  # a failed write does not know its file
 
 
-def _is_row(line: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl is whole and of no later step."""
+def _is_kept(line: str, step: int, validated: bool) -> bool:
     try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
+        row = json.loads(line)
+        return line.endswith("\n") and (row["step"] < step or (row["step"] == step and (validated or "val_bpb" not in row)))
     except (ValueError, KeyError, TypeError):
         return False
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a small file whole or not at all; text as UTF-8."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     temporary.replace(path)

@@ -45,8 +45,8 @@ class Session:
     def __init__(self, folder: Run, model: Transformer, optimizer: Optimizer, facts: dict[str, Any], keep: int):
         self.folder, self.model, self.optimizer, self.facts, self.keep = folder, model, optimizer, facts, keep
         self.progress = Progress()
-        self.saved: int | None = None
-        """Step of the checkpoint that holds the present state."""
+        self.saved: dict[str, Any] | None = None
+        """The progress of the newest checkpoint: a roll-back, or a validation made up for, changes it at the same step."""
         self.seconds = 0.0
         """Spent on checkpoints since the loop last asked [s]."""
 
@@ -54,19 +54,21 @@ class Session:
         """Every tensor that must survive, by file and name."""
         return {"model": {n: p.detach() for n, p in self.model.named_parameters()}, "optimizer": self.optimizer.state()}
 
+    def lasting(self) -> dict[str, Any]:
+        """The progress but for the seconds it took."""
+        return {name: value for name, value in asdict(self.progress).items() if name != "seconds"}
+
     def fingerprint(self) -> str:
-        """SHA-256 of the complete state but for the seconds it took."""
-        progress = asdict(self.progress)
-        del progress["seconds"]
-        return checkpoint.fingerprint(self.tensors(), progress)
+        """SHA-256 of the complete state."""
+        return checkpoint.fingerprint(self.tensors(), self.lasting())
 
     def save(self) -> None:
-        """Write a checkpoint unless there is one of this step, then drop those no longer to be kept."""
+        """Write a checkpoint unless the newest holds this very state, then drop those no longer to be kept."""
         p, started = self.progress, time.perf_counter()
-        if self.saved == p.step:
+        if self.saved == self.lasting():
             return
         path = checkpoint.save(self.folder.checkpoints, p.step, self.tensors(), self.facts | asdict(p))
-        self.saved = p.step
+        self.saved = self.lasting()
         removed = [r.name for r in checkpoint.retain(self.folder.checkpoints, self.keep, path)]
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -107,11 +109,11 @@ class Session:
         for name, tensors in self.tensors().items():
             checkpoint.load_tensors(path / f"{name}.safetensors", tensors)
         self.progress = Progress(**{f.name: state[f.name] for f in fields(Progress)})
-        self.saved = self.progress.step
+        self.saved = self.lasting()
         return path
 
-    def roll_back(self, loss: float, step: int, cursor: int, tokens: int, limit: int) -> bool:
-        """After `step`, which had read `cursor` rows and `tokens` tokens, spiked: back to the last checkpoint, past that data.
+    def roll_back(self, loss: float, step: int, cursor: int, limit: int) -> bool:
+        """After `step`, which had read `cursor` rows, spiked: back to the last checkpoint, past that data.
 
         False, with an event, where there is no checkpoint yet; ValueError after `limit` roll-backs.
         """
@@ -125,8 +127,8 @@ class Session:
             self.folder.event("spike", step=step, loss=loss, action="none: no checkpoint yet")
             return False
         p = self.progress
-        p.cursor, p.tokens, p.seconds, p.rollbacks = cursor, tokens, before.seconds, before.rollbacks + 1
-        self.folder.open_metrics(p.step)
+        p.cursor, p.seconds, p.rollbacks = cursor, before.seconds, before.rollbacks + 1
+        self.folder.open_metrics(p.step, p.val_bpb is not None)
         self.folder.say(f"loss {loss:.3f} spiked at step {step:,}; rolled back to {path.name}, its data up to row {cursor:,} is skipped")
         self.folder.event("spike", step=step, loss=loss, action=f"rolled back to {path.name}", cursor=cursor)
         return True

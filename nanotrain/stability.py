@@ -26,8 +26,16 @@ def plateau(losses: list[float], steps: int, least: float = 0.005) -> tuple[floa
     return (before, after) if after > before * (1 - least) else None
 
 
+def reserve_workspace() -> None:
+    """Tell cuBLAS of a workspace of its own, without which its bits need not repeat: before its first product, or it is not heard."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # it takes this by no other way
+
+
 def make_deterministic(forward_backward: Callable[[], object], repeats: int = 5) -> float:
-    """Let a GPU use only kernels whose bits repeat; returns how many times longer `forward_backward` takes with them."""
+    """Let a GPU use only kernels whose bits repeat; returns how many times longer `forward_backward` takes with them.
+
+    `reserve_workspace` must have been called before anything was computed.
+    """
 
     def seconds() -> float:
         forward_backward()
@@ -39,6 +47,5 @@ def make_deterministic(forward_backward: Callable[[], object], repeats: int = 5)
         return time.perf_counter() - started
 
     free = seconds()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS takes this by no other way
     torch.use_deterministic_algorithms(True)
     return seconds() / free

@@ -147,11 +147,6 @@ def test_retention_never_removes_the_only_good_one(tmp_path):
     assert checkpoint.latest(tmp_path, lambda line: None) == paths[1]
 
 
-def test_a_good_checkpoint_of_the_same_step_is_left_alone(tmp_path):
-    before = save(tmp_path, 1).stat().st_ino
-    assert save(tmp_path, 1).stat().st_ino == before and os.listdir(tmp_path) == ["step-00000001"]
-
-
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     path = save(tmp_path, 1)
     (path / "state.json").unlink()
@@ -203,15 +198,17 @@ def test_killed_at_every_fsync_rename_and_unlink_of_a_save(tmp_path):
 
 
 @strace
-def test_killed_while_it_replaces_a_damaged_one_the_good_one_stands(tmp_path):
+def test_killed_while_it_replaces_one_of_the_same_step_a_good_one_of_that_step_stands(tmp_path):
     for when in (1, 2, 3):
         directory = tmp_path / str(when)
         save(directory, 1)
-        (save(directory, 2) / "state.json").write_text("{}")
+        save(directory, 2)
         killed = run_saver(directory, "-e", "trace=rename", "-e", f"inject=rename:signal=SIGKILL:when={when}", "-o", os.devnull)
-        assert killed.returncode != 0, when  # the damaged one aside, the new one in its place, the old one (step 1) removed
-        good = checkpoint.latest(directory, lambda line: None)
-        assert good is not None and good.name[-1] == ("2" if when == 3 else "1") and equal(load(good), tensors(int(good.name[-1])))
+        assert killed.returncode != 0, when  # the old one aside, the new one in its place, the one before (step 1) removed
+        checkpoint.clean(directory)
+        good = checkpoint.latest(directory, pytest.fail)
+        assert good is not None and good.name[-1] == "2" and equal(load(good), tensors(2))
+        assert all(p.name.startswith("step-") for p in directory.iterdir())
 
 
 @strace

@@ -27,7 +27,7 @@ class Batch:
     positions_BT: torch.Tensor
     """(1, N) int64, from each document's start in its row."""
     cu_seqlens: torch.Tensor
-    """(documents + 1,) int32 on the host and device alike: where documents (and rows) start."""
+    """(documents + 1,) int32: where documents (and rows) start."""
     counters_BT: torch.Tensor
     """(1, N) int64: index of each token in the whole run, which dropout draws from."""
     rows: torch.Tensor | None

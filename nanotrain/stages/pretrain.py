@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -29,9 +28,9 @@ from nanotrain.eval import bits_per_byte
 from nanotrain.model.generate import SamplingConfig, generate
 from nanotrain.model.transformer import Dropout, ModelConfig, Transformer, build_model, parameter_count
 from nanotrain.optim import OptimConfig, Optimizer, StepResult, check_optim, schedule_factor
-from nanotrain.run import Run, RunConfig, choose_device, replace_text
+from nanotrain.run import Run, RunConfig, choose_device, replace_file
 from nanotrain.session import Progress, Session
-from nanotrain.stability import WINDOW, make_deterministic, spiked
+from nanotrain.stability import WINDOW, make_deterministic, reserve_workspace, spiked
 from nanotrain.tokenizer import Tokenizer
 
 
@@ -236,6 +235,8 @@ def resolve(config: Config, given: frozenset[str]) -> Config:
 def run(config: Config) -> int:
     """Train as configured by a resolved config."""
     device = choose_device(config.run.device)
+    if config.run.deterministic:
+        reserve_workspace()
     with Run(config.run.dir, "pretrain") as folder:
         checkpoint.clean(folder.checkpoints)
         existing = checkpoint.directories(folder.checkpoints)
@@ -247,10 +248,10 @@ def run(config: Config) -> int:
             training = Training(config, device, folder)
             if config.resume == "auto":
                 training.session.resume()
-            if not (folder.path / "tokenizer.model").exists():
-                shutil.copyfile(training.tokenizer_path, folder.path / "tokenizer.model")
+            replace_file(folder.path / "tokenizer.model", training.tokenizer.model)
             folder.record(configs.write_toml(replace(training.c, run=replace(config.run, dir=str(folder.path)))))
-            folder.open_metrics(training.session.progress.step)
+            progress = training.session.progress
+            folder.open_metrics(progress.step, progress.val_bpb is not None)
             return Loop(training).run()
         except (MemoryError, RuntimeError) as error:
             if not memory.is_out_of_memory(error):
@@ -269,7 +270,7 @@ class Pending:
     waited: float
     """For data [s]."""
     results: torch.Tensor
-    """Loss, gradient norm, whether clipped, whether skipped."""
+    """Loss, gradient norm, whether clipped, whether skipped, loss scale."""
 
 
 class Loop:
@@ -316,12 +317,13 @@ class Loop:
         batches = [t.loader.batch(p.cursor + i * c.micro_batch, c.micro_batch) for i in range(c.accumulate)]
         waited = time.perf_counter() - started
         factor = schedule_factor(self.c.optim, self.share_done(ahead=True)) * c.spike_lr**p.rollbacks
+        scale = t.optimizer.loss_scale
         loss, result = step(t.model, t.optimizer, batches, factor, self.c.run.seed)
         p.step += 1
         p.cursor += self.rows
         p.tokens += self.rows * c.length
         p.val_bpb = None
-        results = torch.stack([x.double() for x in (loss, result.grad_norm, result.clipped, result.skipped)])
+        results = torch.stack([x.double() for x in (loss, result.grad_norm, result.clipped, result.skipped, scale)])
         self.pending.append(Pending(p.step, p.cursor, p.tokens, factor, waited, results))
         self.step_seconds = time.perf_counter() - started
         p.seconds += self.step_seconds
@@ -356,12 +358,12 @@ class Loop:
         self.progress.seconds += waited
         seconds = (self.pending_seconds + waited) / max(1, len(values))
         pending, self.pending, self.pending_seconds = self.pending, [], 0.0
-        for done, (loss, norm, clipped, skipped) in zip(pending, values, strict=True):
+        for done, (loss, norm, clipped, skipped, scale) in zip(pending, values, strict=True):
             p = self.progress
             if math.isfinite(loss) and spiked(p.recent_losses[-WINDOW:], loss, c.spike_sigma):
-                if self.t.session.roll_back(loss, done.step, done.cursor, done.tokens, c.max_rollbacks):
+                if self.t.session.roll_back(loss, done.step, done.cursor, c.max_rollbacks):
                     return True
-            self.log(done, loss, norm, bool(clipped), bool(skipped), seconds, last=done is pending[-1])
+            self.log(done, loss, norm, bool(clipped), bool(skipped), scale, seconds, last=done is pending[-1])
             p.skipped_in_a_row = p.skipped_in_a_row + 1 if skipped else 0
             if not skipped:
                 self.t.session.remember(done.step, loss, c.plateau)
@@ -369,7 +371,7 @@ class Loop:
                 raise ValueError(f"step {done.step}: {p.skipped_in_a_row} non-finite steps in a row; lower --optim.lr and --optim.muon_lr")
         return False
 
-    def log(self, done: Pending, loss: float, norm: float, clipped: bool, skipped: bool, seconds: float, last: bool) -> None:
+    def log(self, done: Pending, loss: float, norm: float, clipped: bool, skipped: bool, scale: float, seconds: float, last: bool) -> None:
         """A step's row of metrics.jsonl; a line on the console for the `last` of a look and for one that was skipped."""
         c, t, p = self.c, self.t, self.progress
         rate = self.rows * c.train.length / seconds
@@ -382,7 +384,7 @@ class Loop:
             peak_memory_bytes=t.peak.bytes(), epoch=round(done.cursor / t.loader.rows, 4),
         )  # fmt: skip
         if t.optimizer.dynamic_scale:
-            row["loss_scale"] = float(t.optimizer.loss_scale)
+            row["loss_scale"] = scale
         t.session.seconds = 0.0
         self.folder.metric(row)
         if skipped:
@@ -459,6 +461,6 @@ class Loop:
             state_sha256=self.t.session.fingerprint(),
         )  # fmt: skip
         self.folder.event("end", **summary)
-        replace_text(self.folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+        replace_file(self.folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
         self.folder.say(f"pretrain: {reason} at step {p.step:,}: {p.tokens:,} tokens in {p.seconds:.1f} s; state {summary['state_sha256'][:16]}")
         return 0

@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
     prompt = sys.stdin.read() if c.prompt == "-" else c.prompt
 
     def write(text):
-        sys.stdout.write(text.encode("utf-8", "replace").decode())
+        sys.stdout.write(text)
         sys.stdout.flush()
 
     write(prompt)
