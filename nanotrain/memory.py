@@ -29,10 +29,10 @@ class MemoryPlan:
     gradients: int
     optimizer: int
     activations_per_row: int
-    """Kept for the backward, for each row of a micro-batch."""
+    """For each row of a micro-batch: kept for the backward, and the wide tensors of a feed-forward's own backward."""
     workspace: int
-    """The largest of what is held for a moment: by the head (a chunk of logits, its weight gradient in fp32), by a feed-forward's backward
-    (four wide tensors), and by the optimizer's update."""
+    """Held for a moment by the head (a chunk of logits, its weight gradient in fp32) and by the optimizer's update: their sum, for an
+    allocator seldom fills the gaps that one leaves with the other's."""
     rows: int
     """Rows of the micro-batch planned for."""
     available: int
@@ -73,9 +73,9 @@ def plan(c: ModelConfig, *, dtype: torch.dtype, length: int, rows: int, accumula
     stack = 5 * max(min(hidden, STACKED), c.width * c.ffn_width) if muon else 0
     update = max(stack, count - hidden) * wide  # AdamW scales a wide copy of its gradients
     activations = activation_bytes(c, dtype=dtype, length=length, rows=rows)
-    feed_forward = 4 * rows * length * c.ffn_width * wide
-    per_row = -(-activations // rows)
-    return MemoryPlan(count * dtype.itemsize, gradients, masters + moments, per_row, max(head, update, feed_forward), rows, available_memory(device))
+    feed_forward = (6 if dtype.itemsize < wide else 3) * rows * length * c.ffn_width * wide
+    per_row = -(-(activations + feed_forward) // rows)
+    return MemoryPlan(count * dtype.itemsize, gradients, masters + moments, per_row, head + update, rows, available_memory(device))
 
 
 def _block_matrices(c: ModelConfig) -> int:
