@@ -258,8 +258,9 @@ def flash_attention_reference(
         for document, (t, s) in enumerate(zip(lengths_q, lengths_k, strict=True)):
             groups.setdefault((-(-t // grain) * grain, -(-s // grain) * grain), []).append(document)
         order = [document for documents in groups.values() for document in documents]
-        places_q = _places(lengths_q, order, [t for (t, _), documents in groups.items() for _ in documents], q_BTHD.device)
-        places_k = _places(lengths_k, order, [s for (_, s), documents in groups.items() for _ in documents], q_BTHD.device)
+        padded = [group for group, documents in groups.items() for _ in documents]
+        places_q = _places(lengths_q, order, [t for t, _ in padded], q_BTHD.device)
+        places_k = places_q if cu_seqlens_k is None else _places(lengths_k, order, [s for _, s in padded], q_BTHD.device)
         q, k, v = _Lay.apply(q_BTHD[0], *places_q), _Lay.apply(k_BSKD[0], *places_k), _Lay.apply(v_BSKD[0], *places_k)
         outs, lses, first_q, first_k = [], [], 0, 0
 

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import textwrap
 import tomllib
 import types
@@ -132,6 +133,13 @@ def write_toml(config: Any) -> str:
     for section, entries in tables.items():
         lines += ["", f"[{section}]", *entries]
     return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def at_least(section: Any, name: str, least: float, *keys: str) -> None:
+    """Raise ValueError naming the flag where one of `keys` of the section called `name` is less, infinite or no number."""
+    for key in keys:
+        if not least <= getattr(section, key) < math.inf:
+            raise ValueError(f"--{name}.{key} {getattr(section, key)}: must be at least {least}")
 
 
 def help_text(config_class: type, command: str) -> str:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from nanotrain.config import at_least
 from nanotrain.kernels.optimizers import adamw_
 
 
@@ -77,11 +78,8 @@ def check_optim(c: OptimConfig) -> None:
     for name in ("warmup", "decay", "floor"):
         if not 0 <= getattr(c, name) <= 1:
             raise ValueError(f"--optim.{name} {getattr(c, name)}: must lie in [0, 1]")
-    for name in ("weight_decay", "clip"):
-        if not 0 <= getattr(c, name) < math.inf:
-            raise ValueError(f"--optim.{name} {getattr(c, name)}: must be 0 or more")
-    if c.tuned_batch < 1:
-        raise ValueError(f"--optim.tuned_batch {c.tuned_batch}: must be at least 1")
+    at_least(c, "optim", 0, "weight_decay", "clip")
+    at_least(c, "optim", 1, "tuned_batch")
     if c.schedule == "wsd" and c.warmup + c.decay > 1:
         raise ValueError(f"--optim.warmup {c.warmup} and --optim.decay {c.decay}: together more than the whole budget")
 

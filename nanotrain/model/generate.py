@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanotrain.config import at_least
 from nanotrain.model.transformer import Cache, Transformer
 
 
@@ -38,8 +39,7 @@ def check_sampling(c: SamplingConfig) -> None:
         raise ValueError(f"--sampling.top_p {c.top_p}: must lie in (0, 1]")
     if c.repetition_penalty <= 0:
         raise ValueError(f"--sampling.repetition_penalty {c.repetition_penalty}: must be positive")
-    if c.max_tokens < 1:
-        raise ValueError(f"--sampling.max_tokens {c.max_tokens}: must be at least 1")
+    at_least(c, "sampling", 1, "max_tokens")
 
 
 def next_token_probabilities(logits_V: torch.Tensor, seen: torch.Tensor, c: SamplingConfig) -> torch.Tensor:

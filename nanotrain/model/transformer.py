@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nanotrain.config import at_least
 from nanotrain.kernels.attention import flash_attention
 from nanotrain.kernels.gated import geglu, swiglu
 from nanotrain.kernels.norm import layer_norm, rms_norm
@@ -100,12 +101,9 @@ class ModelConfig:
         if self.preset not in PRESETS:
             raise ValueError(f"--model.preset {self.preset}: unknown; one of {', '.join(PRESETS)}")
         c = replace(self, **{k: v for k, v in PRESETS[self.preset].items() if k not in given})
-        for name in ("width", "layers", "heads", "context"):
-            if getattr(c, name) < 1:
-                raise ValueError(f"--model.{name} {getattr(c, name)}: must be at least 1")
-        for name in ("vocab_size", "kv_heads", "head_dim", "ffn_width", "rope_original_context", "window", "attention_softcap", "logit_softcap"):
-            if getattr(c, name) < 0:
-                raise ValueError(f"--model.{name} {getattr(c, name)}: must not be negative")
+        at_least(c, "model", 1, "width", "layers", "heads", "context")
+        at_least(c, "model", 0, "vocab_size", "kv_heads", "head_dim", "ffn_width", "rope_original_context", "window", "attention_softcap",
+                 "logit_softcap")  # fmt: skip
         for name in ("rope_theta", "rope_factor", "norm_eps", "init_std"):
             if not 0 < getattr(c, name) < math.inf:
                 raise ValueError(f"--model.{name} {getattr(c, name)}: must be positive")

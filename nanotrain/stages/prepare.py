@@ -78,9 +78,8 @@ def check(c: SourceConfig) -> None:
         raise ValueError(f"--data.val_share {c.val_share}: must lie between 0 and 1")
     if not 300 <= c.vocab_size < 1 << 20:
         raise ValueError(f"--data.vocab_size {c.vocab_size}: must lie in [300, 1048576): 256 bytes and the special tokens are part of it")
-    for name, least in (("tokenizer_text", 1), ("max_corrupt", 0), ("cores", 0)):
-        if getattr(c, name) < least:
-            raise ValueError(f"--data.{name} {getattr(c, name)}: must be at least {least}")
+    configs.at_least(c, "data", 1, "tokenizer_text")
+    configs.at_least(c, "data", 0, "max_corrupt", "cores")
     target = Path(c.dir).resolve()
     if Path.cwd().is_relative_to(target):
         raise ValueError(f"--data.dir {c.dir}: holds the working directory, and would be replaced whole; choose another")

@@ -114,14 +114,11 @@ def check(c: Config) -> None:
     t = c.train
     if sum(x > 0 for x in (t.steps, t.tokens, t.seconds)) != 1 or min(t.steps, t.tokens, t.seconds) < 0:
         raise ValueError("--train.steps, --train.tokens, --train.seconds: set exactly one of them, above 0")
-    for name in ("micro_batch", "accumulate", "length", "max_skipped"):
-        if getattr(t, name) < 1:
-            raise ValueError(f"--train.{name} {getattr(t, name)}: must be at least 1")
-    for name in ("val_every", "val_tokens", "sample_every", "early_stop", "plateau", "spike_sigma", "spike_lr", "max_rollbacks"):
-        if getattr(t, name) < 0:
-            raise ValueError(f"--train.{name} {getattr(t, name)}: must not be negative")
-    if min(c.checkpoint.every, c.checkpoint.keep - 1) < 0:
-        raise ValueError(f"--checkpoint.every {c.checkpoint.every}, --checkpoint.keep {c.checkpoint.keep}: at least 0 and 1")
+    configs.at_least(t, "train", 1, "micro_batch", "accumulate", "length", "max_skipped")
+    configs.at_least(t, "train", 0, "val_every", "val_tokens", "sample_every", "early_stop", "plateau", "spike_sigma", "spike_lr", "max_rollbacks")
+    configs.at_least(c.checkpoint, "checkpoint", 0, "every")
+    configs.at_least(c.checkpoint, "checkpoint", 1, "keep")
+    configs.at_least(c.run, "run", 1, "log_every")
     if t.val_stride < 0 or t.val_stride > t.length:
         raise ValueError(f"--train.val_stride {t.val_stride}: must lie between 1 and --train.length {t.length}, or be 0")
     if c.resume not in ("none", "auto"):
@@ -137,8 +134,6 @@ def check(c: Config) -> None:
         raise ValueError(f"--train.length {t.length}: learned positions end at --model.context {c.model.context}")
     if t.early_stop and not t.val_every:
         raise ValueError(f"--train.early_stop {t.early_stop}: counts validations; set --train.val_every too")
-    if c.run.log_every < 1:
-        raise ValueError(f"--run.log_every {c.run.log_every}: must be at least 1")
     check_optim(c.optim)
 
 
@@ -336,7 +331,7 @@ class Loop:
             return (p.step + ahead) / c.steps
         if c.tokens:
             return (p.tokens + ahead * self.rows * c.length) / c.tokens
-        return (p.seconds + ahead * self.step_seconds) / c.seconds
+        return (p.seconds + ahead * (self.step_seconds or 1e-3 * c.seconds)) / c.seconds
 
     def reason_to_stop(self) -> str:
         """Why to end here, or nothing."""
