@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from nanotrain.environment import environment
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+def interleaved(candidates: dict[Hashable, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[Hashable, list[float]]:
     """Seconds of each call, the candidates taking turns, so that a slow moment of the machine hits all of them.
 
     Each round begins with the next candidate: none always finds what the same other one left (warm pages, a busy disk).
@@ -25,7 +25,7 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warm_u
     for _ in range(warm_up):
         for call in candidates.values():
             call()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    times: dict[Hashable, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -35,9 +35,20 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warm_u
     return times
 
 
-def ratio(times: dict[str, list[float]], ours: str, theirs: str) -> float:
-    """How many times faster ours is: the median over rounds of theirs / ours."""
-    return statistics.median(t / o for o, t in zip(times[ours], times[theirs], strict=True))
+def ratios(times: dict[Hashable, list[float]], ours: Hashable, theirs: Hashable) -> list[float]:
+    """How many times faster ours is in each round: theirs / ours."""
+    return [t / o for o, t in zip(times[ours], times[theirs], strict=True)]
+
+
+def ratio(times: dict[Hashable, list[float]], ours: Hashable, theirs: Hashable) -> float:
+    """How many times faster ours is: the median over rounds."""
+    return statistics.median(ratios(times, ours, theirs))
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """The 20th percentile, the median and the 80th."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
 
 
 def write_rows(name: str, rows: list[dict]) -> Path:

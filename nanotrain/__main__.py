@@ -13,6 +13,10 @@ STAGES = {
     "prepare": ("nanotrain.stages.prepare", "text in, a tokenizer and packed token shards out"),
     "pretrain": ("nanotrain.stages.pretrain", "train a language model to predict the next token"),
     "sample": ("nanotrain.stages.sample", "write on from a prompt with a trained model"),
+    "chat": ("nanotrain.stages.chat", "talk with a model in the terminal"),
+    "convert": ("nanotrain.stages.convert", "a model to Hugging Face's form, or from it"),
+    "report": ("nanotrain.report", "runs as one HTML page"),
+    "watch": ("nanotrain.watch", "a running run, live in the terminal"),
 }
 
 

@@ -1,4 +1,4 @@
-"""quickstart: prepare, pretrain and sample on this machine's own Python, with nothing to download.
+"""quickstart: prepare, pretrain, sample and report on this machine's own Python, with nothing to download.
 
 nanotrain quickstart
 nanotrain quickstart --train.seconds=60 --run.dir=runs/short
@@ -17,18 +17,21 @@ from pathlib import Path
 
 from nanotrain import checkpoint
 from nanotrain import config as configs
+from nanotrain.__main__ import main as command_line
 from nanotrain.checkpoint import CheckpointConfig
 from nanotrain.data.shards import TokenShards
 from nanotrain.environment import processor_name
 from nanotrain.eval.bits_per_byte import compressed_bits_per_byte
-from nanotrain.model.generate import SamplingConfig
+from nanotrain.model.sampling import SamplingConfig
 from nanotrain.model.transformer import ModelConfig
 from nanotrain.optim import OptimConfig
+from nanotrain.pretrained import load_pretrained
 from nanotrain.run import RunConfig, choose_device
 from nanotrain.stages import prepare, pretrain, sample
 from nanotrain.stages.prepare import SourceConfig
 from nanotrain.stages.pretrain import DataConfig, ParallelConfig, TrainConfig
 from nanotrain.tokenizer import Tokenizer
+from nanotrain.trackers import LogConfig
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,11 @@ class Config:
     """What the sample at the end writes on from."""
     data: SourceConfig = field(default_factory=SourceConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(micro_batch=16, length=128))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(micro_batch=16, length=128, sample_every=250))
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
@@ -60,6 +64,7 @@ def main(argv: list[str]) -> int:
         optim=c.optim,
         checkpoint=c.checkpoint,
         run=replace(c.run, dir=directory),
+        log=c.log,
         parallel=c.parallel,
     )
     training = pretrain.resolve(training, given)
@@ -73,20 +78,13 @@ def main(argv: list[str]) -> int:
     summary = json.loads((Path(directory) / "summary.json").read_text())
     if code or summary["val_bpb"] is None:
         return code
-    model, tokenizer = sample.load_run(directory, device, print)
+    model, tokenizer = load_pretrained(directory, device=device)
     write_table(c, directory, summary, tokenizer, prepared=prepared, total=time.monotonic() - started)
     print(f"\nsample from {c.prompt!r}:\n\n{c.prompt}", end="")
-    stop = frozenset([tokenizer.eos])
-    sample.stream(
-        model,
-        tokenizer,
-        c.prompt,
-        SamplingConfig(max_tokens=120),
-        stop=stop,
-        write=lambda text: print(text, end="", flush=True),
-    )
-    print(f"\n\nThe run lies in {directory}. Write on with:  nanotrain sample --run.dir={directory} --prompt='class '")
-    return 0
+    sample.step(model, tokenizer, c.prompt, sample.Config(sampling=SamplingConfig(max_tokens=120)), write=sample.show)
+    print(f"\n\nThe run lies in {directory}. Write on with:  nanotrain sample {directory} --prompt='class '")
+    print("Its report, for a browser:", flush=True)
+    return command_line(["report", directory])
 
 
 def write_table(c: Config, directory: str, summary: dict, tokenizer: Tokenizer, *, prepared: float, total: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -43,7 +44,8 @@ class Session:
     """
 
     def __init__(self, folder: Run, model: Transformer, optimizer: Optimizer, facts: dict[str, Any], keep: int):
-        self.folder, self.model, self.optimizer, self.facts, self.keep = folder, model, optimizer, facts, keep
+        self.folder, self.model, self.optimizer, self.keep = folder, model, optimizer, keep
+        self.facts = json.loads(json.dumps(facts))  # as a checkpoint gives them back: tuples are lists there
         self.progress = Progress()
         self.saved: dict[str, Any] | None = None
         """The progress of the newest checkpoint: a roll-back, or a validation made up for, changes it at the same step."""
@@ -73,7 +75,7 @@ class Session:
         seconds = time.perf_counter() - started
         self.seconds += seconds
         self.folder.event("checkpoint", step=p.step, seconds=round(seconds, 4), removed=removed)
-        self.folder.say(f"step {p.step:>6,}  checkpoint: {path}")
+        self.folder.say(f"step {p.step:>9,}  checkpoint: {path}")
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that verifies, or start where there is none at all.
@@ -97,6 +99,9 @@ class Session:
         if path is None:
             return None
         state = checkpoint.load_state(path)
+        if not (path / "optimizer.safetensors").is_file():
+            source = state.get("converted_from", "elsewhere")
+            raise ValueError(f"--resume auto: {path} was converted from {source} and has no optimizer to go on with; train in another --run.dir")
         for key, what in (("tokenizer_sha256", "tokenizer"), ("data_sha256", "data")):
             if state[key] != self.facts[key]:
                 raise ValueError(f"--data.dir: the {what} changed since {path.name}: {self.facts[key][:16]} here, {state[key][:16]} in the"

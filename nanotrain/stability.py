@@ -1,4 +1,4 @@
-"""What a run watches its own losses for, and what reproducible bits cost on a GPU."""
+"""What a run watches its own losses and updates for, and what reproducible bits cost on a GPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 
 WINDOW = 128
 """Losses that a spike is judged against."""
+SAMPLED = 1 << 16
+"""Elements of a tensor that its update is judged by."""
 
 
 def spiked(recent: list[float], loss: float, sigma: float) -> bool:
@@ -24,6 +26,21 @@ def plateau(losses: list[float], steps: int, least: float = 0.005) -> tuple[floa
         return None
     before, after = statistics.fmean(losses[-2 * steps : -steps]), statistics.fmean(losses[-steps:])
     return (before, after) if after > before * (1 - least) else None
+
+
+def sampled(weights: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of at most 65,536 evenly spaced elements of each tensor, on its device."""
+    # An odd spacing meets every column of a matrix whose width is a power of two.
+    return [weight.detach().reshape(-1)[:: -(-weight.numel() // SAMPLED) | 1].clone() for weight in weights.values()]
+
+
+def update_ratios(before: list[torch.Tensor], weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """|update| / |weight| of each tensor since `before` was `sampled`, in their order and on their device.
+
+    0 where nothing changed; not finite where the weight was 0.
+    """
+    changes = torch.stack(torch._foreach_norm(torch._foreach_sub(sampled(weights), before)))
+    return torch.where(changes == 0, changes, changes / torch.stack(torch._foreach_norm(before)))
 
 
 def reserve_workspace() -> None:

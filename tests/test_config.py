@@ -116,7 +116,10 @@ def test_help_of_every_stage_lists_every_key_with_default_and_doc(stage, capsys)
     text = capsys.readouterr().out
     import importlib
 
-    config_class = importlib.import_module(STAGES[stage][0]).Config
+    config_class = getattr(importlib.import_module(STAGES[stage][0]), "Config", None)
+    if config_class is None:  # it takes run folders, no keys
+        assert text.startswith(f"usage: nanotrain {stage} ")
+        return
     for key in config.keys(config_class):
         assert f"--{key} " in text
         owner = config_class

@@ -1,11 +1,13 @@
 """The README's first command, on a small corpus: what it ends with, and that it refuses before it replaces anything."""
 
 import json
+import re
 
 import pytest
 
 from nanotrain.__main__ import main
 from tests.conftest import TINY
+from tests.stages.test_pretrain import events
 
 
 def quickstart(corpus, tmp_path, *more):
@@ -14,7 +16,7 @@ def quickstart(corpus, tmp_path, *more):
 
 
 def test_it_ends_with_a_table_a_sample_and_where_the_run_lies(corpus, tmp_path, capsys):
-    assert quickstart(corpus, tmp_path, "--train.steps=4", "--prompt=import ") == 0
+    assert quickstart(corpus, tmp_path, "--train.steps=4", "--train.sample_every=2", "--prompt=import ") == 0
     out = capsys.readouterr().out
     record = json.loads((tmp_path / "run/quickstart.json").read_text())
     table = record["bits_per_byte"]
@@ -23,6 +25,10 @@ def test_it_ends_with_a_table_a_sample_and_where_the_run_lies(corpus, tmp_path, 
         assert f"  {name:34} {value:13.3f}\n" in out
     assert 1 < table["xz -9, all documents at once"] < table["zlib -9, each document"] < 4 < table["this model"] < 8
     assert f"The run lies in {tmp_path}/run." in out and "sample from 'import ':\n\nimport " in out
+    page = (tmp_path / "run/report.html").read_text()
+    samples = [event["text"] for event in events(tmp_path / "run", "sample")]
+    assert f"browser:\n{tmp_path}/run/report.html\n" in out
+    assert len(samples) == 2 and all(max(re.findall("[A-Za-z]+", text[4:]), key=len) in page for text in samples)
     assert record["python"] in out or record["facts"]["corpus_sha256"][:16] in out
     assert main(["sample", f"--run.dir={tmp_path}/run", "--prompt=class ", "--sampling.max_tokens=3", "--run.device=cpu"]) == 0
 

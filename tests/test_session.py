@@ -170,7 +170,7 @@ def test_early_stop_counts_validations_of_all_documents_too(data, tmp_path):
 @pytest.mark.parametrize("number", [None, signal.SIGINT])
 def test_a_console_that_closes_ends_the_run_saved(data, tmp_path, number):
     process = start(flags(data, tmp_path / "r", "--train.steps=100000"))
-    while "step      1" not in process.stdout.readline():
+    while "step         1" not in process.stdout.readline():
         pass
     process.stdout.close()
     if number is not None:

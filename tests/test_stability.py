@@ -5,7 +5,7 @@ import os
 import torch
 
 from nanotrain.__main__ import main
-from nanotrain.stability import make_deterministic, plateau, spiked
+from nanotrain.stability import SAMPLED, make_deterministic, plateau, sampled, spiked, update_ratios
 from nanotrain.stages import pretrain
 from tests.stages.test_pretrain import flags
 
@@ -18,6 +18,23 @@ def test_spikes_need_a_full_window():
 def test_a_plateau_is_two_windows_of_nearly_equal_losses():
     assert plateau([2.0] * 20, 10) == (2.0, 2.0) and plateau([3.0] * 5 + [2.0] * 5, 5) is None
     assert plateau([2.0] * 19, 10) is None and plateau([2.0] * 20, 0) is None
+
+
+def test_update_ratios_are_those_of_the_whole_tensors():
+    draws = torch.Generator().manual_seed(0)
+    wide, small = torch.randn(512, 1024, generator=draws), torch.randn(7, generator=draws)
+    weights = {"wide": wide, "small": small, "still": torch.ones(3), "zero": torch.zeros(2)}
+    weights["wide"][:, ::2] *= 100  # every second column: an even spacing would see these alone
+    old = {name: weight.clone() for name, weight in weights.items()}
+    before = sampled(weights)
+    assert max(map(len, before)) <= SAMPLED and before[0].data_ptr() != weights["wide"].data_ptr()
+    weights["wide"] += 0.01 * torch.randn(512, 1024, generator=draws)
+    weights["small"] *= 1.5
+    got = update_ratios(before, weights).tolist()
+    whole = {name: float((weights[name] - old[name]).norm() / old[name].norm()) for name in ("wide", "small")}
+    assert abs(got[0] / whole["wide"] - 1) < 0.02 and abs(got[1] / whole["small"] - 1) < 1e-6 and got[2:] == [0, 0]
+    weights["zero"] += 1
+    assert update_ratios(before, weights).tolist()[3] == float("inf")
 
 
 def test_deterministic_mode_is_switched_on_and_its_cost_measured(monkeypatch):

@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanotrain.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer, train
+from nanotrain.tokenizer import SPECIAL_TOKENS, Field, StreamDecoder, Tokenizer, read_fields, train, write_fields
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
@@ -66,6 +66,34 @@ def test_text_of_the_corpus_and_long_streams(tokenizer, corpus):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and "".join(map(decoder.add, ids)) + decoder.add(tokenizer.eos, last=True) == text
         assert len(ids) < 0.85 * len(text)
+
+
+def test_a_long_stream_without_line_ends_stays_cheap(tokenizer):
+    text = "a\u2581b\U000f5c00_ \ud800\u4e16" * 100
+    decoder, ids = StreamDecoder(tokenizer), tokenizer.encode(text)
+    pieces, held = [], 0
+    for token in ids:
+        pieces.append(decoder.add(token))
+        held = max(held, len(decoder.ids))
+    assert "".join(pieces) + decoder.finish() == text and held < 80 < len(ids)
+
+
+def test_scores_add_up_exactly(tokenizer):
+    """Sixteenths: however a run is cut, sentencepiece's float32 sums tie, so a run far into a text is cut as at its start."""
+    scores = [tokenizer._processor.get_score(i) for i in range(tokenizer.vocab_size)]
+    assert min(scores) < -4 and all(score * 16 == int(score * 16) for score in scores)
+    line = "words before, " + "#" * 47 + " " * 31 + "-" * 29 + "\n"
+    ids = tokenizer.encode(line)[3:]
+    assert tokenizer.encode(line * 300)[-len(ids) :] == ids
+
+
+def test_protocol_buffers_fields(tokenizer):
+    assert write_fields(read_fields(tokenizer.model)) == tokenizer.model
+    fields = [Field(1, 0, 300), Field(2, 2, b"x" * 200), Field(3, 5, b"1234"), Field(700, 1, b"12345678")]
+    assert list(read_fields(write_fields(fields))) == fields
+    for damaged in (b"\x08", b"\x0b\0", b"\x08\xff"):
+        with pytest.raises(ValueError, match="a damaged Protocol Buffers message"):
+            list(read_fields(damaged))
 
 
 def test_special_tokens_have_ids_of_their_own(tokenizer):

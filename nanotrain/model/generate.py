@@ -1,95 +1,282 @@
-"""Writing on from a prompt, a token at a time, with a key/value cache."""
+"""Generation: many prompts at once, each writing on as if it were alone.
+
+Prompts are packed end to end and filled into the cache in one forward; then every row takes a token a step, rows that end make
+room, and waiting prompts take their place. A row draws from a generator seeded by its own seed, so what it draws does not
+depend on what else is in the batch (its logits do not either, but for the rounding of a matrix product of another size).
+
+With a draft model, several tokens are proposed by it and checked by one forward of the model; what is accepted has exactly the
+distribution of the model alone. Sources: continuous batching: Orca (OSDI 2022); speculative sampling: arXiv 2211.17192, 2302.01318.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from nanotrain.config import at_least
-from nanotrain.model.transformer import Cache, Transformer
+from nanotrain.model.cache import Cache
+from nanotrain.model.native_decode import decoder
+from nanotrain.model.sampling import SamplingConfig, check_sampling, distribution, draw, penalised
+from nanotrain.model.transformer import Transformer
+from nanotrain.tokenizer import StreamDecoder
+
+_PREFILL = 8192
+"""Prompt tokens of a forward at most, but for a longer single prompt: they take memory as a training batch does."""
+
+
+@dataclass
+class Completion:
+    """What was written after a prompt."""
+
+    tokens: list[int] = field(default_factory=list)
+    """A stop token, where one ended it, is the last."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of each token by the model itself [nats], before temperature and filters: what the training head gives."""
+    text: str = ""
+    """Where a tokenizer was given: without stop token, and cut before a stop string."""
+    reason: str = ""
+    """Why it ended: `stop` (a token), `text` (a stop string) or `length`."""
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How the next token is drawn."""
+class Written:
+    """One more token of a row, as it comes."""
 
-    temperature: float = 0.8
-    """Divides the logits [ratio]; 0 takes the most likely token (greedy)."""
-    top_k: int = 0
-    """Draw only from so many of the most likely [tokens]; 0 is all."""
-    top_p: float = 1.0
-    """Draw only from the fewest tokens whose probabilities reach p [probability]."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens already in the text [ratio]; 1 is none."""
-    max_tokens: int = 200
-    """To write at most [tokens]."""
-    seed: int = 0
-    """Seed of the draws [any integer]."""
+    prompt: int
+    token: int
+    logprob: float
+    text: str
+    """What can be shown now: half a character, or what may become a stop string, is held back."""
+    reason: str
+    """Why the row ends here, or nothing."""
 
 
-def check_sampling(c: SamplingConfig) -> None:
-    """Raise ValueError naming the flag for values that make no sense."""
-    if c.temperature < 0:
-        raise ValueError(f"--sampling.temperature {c.temperature}: must be 0 (greedy) or more")
-    if c.top_k < 0:
-        raise ValueError(f"--sampling.top_k {c.top_k}: must be 0 (all) or more")
-    if not 0 < c.top_p <= 1:
-        raise ValueError(f"--sampling.top_p {c.top_p}: must lie in (0, 1]")
-    if c.repetition_penalty <= 0:
-        raise ValueError(f"--sampling.repetition_penalty {c.repetition_penalty}: must be positive")
-    at_least(c, "sampling", 1, "max_tokens")
+def generate(model: Transformer, prompts: list[list[int]], c: SamplingConfig, *, seeds: list[int] | None = None, **options) -> list[Completion]:
+    """Completions of token-id prompts, in their order; `options` are those of `Generator`, `seeds` (one a prompt) of its `run`."""
+    done = [Completion() for _ in prompts]
+    for written in Generator(model, c, **options).run(prompts, seeds):
+        completion = done[written.prompt]
+        completion.tokens.append(written.token)
+        completion.logprobs.append(written.logprob)
+        completion.text += written.text
+        completion.reason = written.reason
+    return done
 
 
-def next_token_probabilities(logits_V: torch.Tensor, seen: torch.Tensor, c: SamplingConfig) -> torch.Tensor:
-    """Probabilities (V,) in fp32 of the next token given its logits and the token ids `seen` so far."""
-    logits = logits_V.float()
-    if c.repetition_penalty != 1.0:
-        held = logits[seen]
-        logits = logits.index_put((seen,), torch.where(held > 0, held / c.repetition_penalty, held * c.repetition_penalty))
-    if c.temperature == 0:
-        return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
-    logits = (logits - logits.max()) / c.temperature
-    if 0 < c.top_k < len(logits):
-        logits = torch.full_like(logits, -torch.inf).scatter(0, *reversed(logits.topk(c.top_k)))
-    probabilities = torch.softmax(logits, 0)
-    if c.top_p < 1:
-        ordered, indices = probabilities.sort(descending=True)
-        kept = ordered.cumsum(0) - ordered < c.top_p  # the token that crosses p stays
-        probabilities = torch.zeros_like(probabilities).scatter(0, indices, ordered * kept)
-        probabilities = probabilities / probabilities.sum()
-    return probabilities
+class Row:
+    """A text being written: `limit` is where it ends at the latest [tokens, prompt included]."""
+
+    def __init__(self, number: int, prompt: list[int], limit: int, seed: int):
+        self.number, self.tokens, self.limit = number, prompt, limit
+        self.random = torch.Generator().manual_seed(seed & (2**63 - 1))
+        self.uniforms: list[float] = []
+        self.seen: torch.Tensor | None = None
+        self.decoder: StreamDecoder | None = None
+        self.held = ""
+
+    def uniform(self) -> float:
+        if not self.uniforms:
+            self.uniforms = torch.rand(64, generator=self.random, dtype=torch.float64).tolist()[::-1]
+        return self.uniforms.pop()
 
 
-@torch.no_grad()
-def generate(model: Transformer, prompt: list[int], c: SamplingConfig, *, stop: frozenset[int]) -> Iterator[int]:
-    """Yield new tokens after `prompt` until one of `stop` (which is yielded too) or `max_tokens`.
+class Generator:
+    """A model with a cache of `rows` rows.
 
-    Raises ValueError for an empty prompt, or one that leaves no room in a model of learned positions.
+    stop         token ids that end a row
+    stop_text    strings that end a row; needs a tokenizer
+    tokenizer    makes text of tokens
+    draft        a smaller model of the same vocabulary that proposes `lookahead` tokens a step; `proposed` and `accepted` count them
+
+    Raises ValueError for settings that make no sense.
     """
-    check_sampling(c)
-    if not prompt:
-        raise ValueError("the prompt holds no token; begin it with bos")
-    device = model.head.weight.device
-    room = c.max_tokens
-    if model.c.positions == "learned":
-        room = min(room, model.c.context - len(prompt))
-        if room < 1:
-            raise ValueError(f"the prompt has {len(prompt)} tokens, the model's learned positions end at {model.c.context}; shorten it")
-    capacity = len(prompt) + room
-    cache = Cache(capacity)
-    draws = torch.Generator().manual_seed(c.seed)
-    seen = list(prompt)
-    new = prompt
-    for _ in range(room):
-        tokens = torch.tensor([new], device=device)
-        positions = torch.arange(len(seen) - len(new), len(seen), device=device)[None]
-        hidden = model(tokens, positions, cache=cache, max_position=capacity)
-        probabilities = next_token_probabilities(model.head.logits(hidden[:, -1:])[0, 0], torch.tensor(sorted(set(seen)), device=device), c)
-        token = int(probabilities.argmax()) if c.temperature == 0 else int(torch.multinomial(probabilities.cpu(), 1, generator=draws))
-        yield token
-        if token in stop:
-            return
-        new = [token]
-        seen.append(token)
+
+    def __init__(
+        self, model: Transformer, c: SamplingConfig, *, rows: int = 16, stop: frozenset[int] = frozenset(), stop_text: tuple[str, ...] = (),
+        tokenizer=None, draft: Transformer | None = None, lookahead: int = 4,
+    ):  # fmt: skip
+        check_sampling(c)
+        if stop_text and tokenizer is None:
+            raise ValueError("generate: stop_text needs a tokenizer")
+        if draft is not None and draft.c.vocab_size != model.c.vocab_size:
+            raise ValueError(f"the draft model has {draft.c.vocab_size} tokens, the model {model.c.vocab_size}; they must share a tokenizer")
+        self.model, self.c, self.rows = model, c, rows
+        self.stop, self.stop_text, self.tokenizer = stop, tuple(s for s in stop_text if s), tokenizer
+        self.draft, self.lookahead = draft, lookahead if draft is not None else 0
+        self.device = model.head.weight.device
+        self.proposed = self.accepted = 0
+
+    def run(self, prompts: list[list[int]], seeds: list[int] | None = None) -> Iterator[Written]:
+        """Tokens written after the prompts, as they come, `rows` prompts at a time.
+
+        Raises ValueError for an empty prompt, and for one that leaves no room in a model of learned positions.
+        """
+        seeds = [self.c.seed + number for number in range(len(prompts))] if seeds is None else seeds
+        if len(seeds) != len(prompts):
+            raise ValueError(f"generate: {len(seeds)} seeds for {len(prompts)} prompts; give one each")
+        # Where RoPE's frequencies follow the length, prompts of one reach run together: no prompt's frequencies are another's.
+        groups: dict[int, list[Row]] = {}
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            row = Row(number, list(prompt), self._limit(prompt), seed)
+            groups.setdefault(self._reach(row.limit), []).append(row)
+        for reach, rows in groups.items():
+            yield from self._run(rows, reach or max(row.limit for row in rows))
+
+    def _limit(self, prompt: list[int]) -> int:
+        if not prompt:
+            raise ValueError("the prompt holds no token; begin it with bos")
+        limit, context = len(prompt) + self.c.max_tokens, self.model.c.context
+        if self.model.c.positions == "learned":
+            limit = min(limit, context)
+            if len(prompt) >= limit:
+                raise ValueError(f"the prompt has {len(prompt)} tokens, the model's learned positions end at {context}; shorten it")
+        return limit
+
+    def _reach(self, limit: int) -> int:
+        c = self.model.c
+        follows = c.positions == "rope" and c.rope_scaling in ("dynamic", "longrope") and limit > c.rope_original_context
+        return max(limit, c.context) if follows else 0
+
+    def _run(self, requests: list[Row], reach: int) -> Iterator[Written]:
+        waiting, self.reach = deque(requests), reach
+        count, self.limit = min(self.rows, len(requests)), max(row.limit for row in requests)
+        self.cache, self.draft_cache = (Cache(count, self.limit + self.lookahead, width=1 + self.lookahead) for _ in range(2))
+        self.native = {model: decoder(model) for model in (self.model, self.draft) if model is not None}
+        active: list[Row] = []
+        while waiting or active:
+            if waiting and len(active) < count:
+                admitted = [waiting.popleft()]
+                while waiting and len(active) + len(admitted) < count and sum(len(r.tokens) for r in (*admitted, waiting[0])) <= _PREFILL:
+                    admitted.append(waiting.popleft())
+                first, work, rows = len(active), self._admit, admitted
+                active += admitted
+            else:
+                first, work, rows = 0, self._decode if self.draft is None else self._speculate, active
+            with torch.no_grad():
+                written = work(rows)
+            ended = []
+            for index, events in enumerate(written, first):
+                for token, logprob in events:
+                    event = self._take(active[index], token, logprob)
+                    yield event
+                    if event.reason:
+                        ended.append(index)
+                        break
+            for index in reversed(ended):  # the last row takes the place of one that ended, in the caches too
+                active[index] = active[-1]
+                active.pop()
+                self.cache.release(index)
+                if self.draft is not None:
+                    self.draft_cache.release(index)
+
+    def _take(self, row: Row, token: int, logprob: float) -> Written:
+        """Add a token to its row: what can be shown of it, and whether the row ends."""
+        row.tokens.append(token)
+        if row.seen is not None:
+            row.seen[token] = True
+        reason = "stop" if token in self.stop else "length" if len(row.tokens) >= row.limit else ""
+        text = ""
+        if self.tokenizer is not None:
+            row.held += row.decoder.finish() if reason == "stop" else row.decoder.add(token, last=bool(reason))
+            found = [at for at in map(row.held.find, self.stop_text) if at >= 0]
+            if found:
+                text, reason = row.held[: min(found)], "text"
+            else:
+                keep = 0 if reason else max((_overlap(row.held, s) for s in self.stop_text), default=0)
+                text, row.held = row.held[: len(row.held) - keep], row.held[len(row.held) - keep :]
+        return Written(row.number, token, logprob, text, reason)
+
+    def _admit(self, rows: list[Row]) -> list[list[tuple[int, float]]]:
+        """Fill the prompts of new rows into the cache; their first tokens."""
+        tokens = torch.tensor([t for row in rows for t in row.tokens], device=self.device)[None]
+        for row in rows:
+            if self.c.repetition_penalty != 1.0:
+                row.seen = torch.zeros(self.model.c.vocab_size, dtype=torch.bool, device=self.device)
+                row.seen[row.tokens] = True
+            if self.tokenizer is not None:
+                row.decoder = StreamDecoder(self.tokenizer)
+        lengths = [len(row.tokens) for row in rows]
+        if self.draft is not None:
+            self._hidden(self.draft, self.draft_cache.prefill(lengths, self.device), tokens)
+        step = self.cache.prefill(lengths, self.device)
+        return self._draw(rows, self._wide(self.model.head.logits(self._hidden(self.model, step, tokens)[0, step.ends - 1])))
+
+    def _decode(self, rows: list[Row]) -> list[list[tuple[int, float]]]:
+        """The next token of every row."""
+        tokens = torch.tensor([row.tokens[-1] for row in rows], device=self.device)[:, None]
+        return self._draw(rows, self._logits(self.model, self.cache, tokens)[:, 0])
+
+    def _logits(self, model: Transformer, cache: Cache, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V), in fp32 or float64, after each of the next tokens of every row."""
+        step = cache.decode(tokens_BT.shape[1], self.device)
+        if self.native[model] is not None:
+            return self.native[model].step(step, tokens_BT, self.reach)
+        return self._wide(model.head.logits(self._hidden(model, step, tokens_BT)))
+
+    def _hidden(self, model: Transformer, step, tokens_BT: torch.Tensor) -> torch.Tensor:
+        positions = step.positions.clamp(max=self.limit - 1) if self.lookahead else step.positions  # proposals past the limit are dropped
+        return model(tokens_BT, positions, cache=step, max_position=self.reach)
+
+    def _wide(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _draw(self, rows: list[Row], logits: torch.Tensor) -> list[list[tuple[int, float]]]:
+        """A token for every row by its logits (B, V)."""
+        seen = self._seen(rows)
+        if self.c.temperature == 0:
+            tokens = penalised(logits, seen, self.c).argmax(-1)
+        else:
+            tokens = draw(distribution(logits, seen, self.c), self._uniforms(rows))
+        logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        return [[pair] for pair in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+
+    def _seen(self, rows: list[Row]) -> torch.Tensor | None:
+        return torch.stack([row.seen for row in rows]) if self.c.repetition_penalty != 1.0 else None
+
+    def _uniforms(self, rows: list[Row]) -> torch.Tensor:
+        return torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=self.device)
+
+    def _speculate(self, rows: list[Row]) -> list[list[tuple[int, float]]]:
+        """Tokens that the draft proposes and the model accepts, and one more of the model's own."""
+        target, drafts = self.cache, self.draft_cache
+        last = torch.tensor([row.tokens[-2:] for row in rows], device=self.device)
+        drafts.lengths = [len(row.tokens) - 2 for row in rows]  # it has not seen its last proposal where all were accepted
+        seen, proposals, q = self._seen(rows), [], []
+        tokens = last
+        for _ in range(self.lookahead):
+            q.append(distribution(self._logits(self.draft, drafts, tokens)[:, -1], seen, self.c))
+            tokens = draw(q[-1], self._uniforms(rows))[:, None]
+            proposals.append(tokens)
+            if seen is not None:
+                seen = seen.scatter(1, tokens, True)
+        proposals = torch.cat(proposals, 1)
+        logits = self._logits(self.model, target, torch.cat([last[:, 1:], proposals], 1))
+        seen, live, written = self._seen(rows), [True] * len(rows), [[] for _ in rows]
+        for place in range(self.lookahead + 1):
+            p = distribution(logits[:, place], seen, self.c)
+            if place < self.lookahead:
+                proposal = proposals[:, place : place + 1]
+                taken = self._uniforms(rows) * q[place].gather(1, proposal)[:, 0] < p.gather(1, proposal)[:, 0]
+                rest = (p - q[place]).clamp(min=0)
+                rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+                chosen = torch.where(taken, proposal[:, 0], draw(rest, self._uniforms(rows)))
+            else:
+                taken, chosen = torch.zeros(len(rows), dtype=torch.bool), draw(p, self._uniforms(rows))
+            logprobs = logits[:, place].gather(-1, chosen[:, None]).squeeze(-1) - logits[:, place].logsumexp(-1)
+            for index, (token, logprob, go_on) in enumerate(zip(chosen.tolist(), logprobs.tolist(), taken.tolist(), strict=True)):
+                if live[index]:
+                    written[index].append((token, logprob))
+                    self.proposed += place < self.lookahead
+                    self.accepted += go_on
+                    live[index] = go_on
+            if seen is not None and place < self.lookahead:
+                seen = seen.scatter(1, proposals[:, place : place + 1], True)
+        target.lengths = [len(row.tokens) - 1 + len(new) for row, new in zip(rows, written, strict=True)]
+        return written
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How much of the end of `text` is a beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,39 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def empty_side_by_side(layers: tuple[Linear, ...], dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give layers that take the same input weights (and biases) without values, next to each other in one block of memory."""
+    for name in ("weight", "bias"):
+        shapes = [p.shape for p in (getattr(layer, name) for layer in layers) if p is not None]
+        if len(shapes) == len(layers):
+            block = torch.empty(sum(s[0] for s in shapes), *shapes[0][1:], dtype=dtype, device=device)
+            for layer, part in zip(layers, block.split([s[0] for s in shapes]), strict=True):
+                setattr(layer, name, nn.Parameter(part))
+
+
+def project(layers: tuple[nn.Module, ...], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Outputs of layers that take the same input: without gradients one product, where their weights still lie side by side."""
+    if torch.is_grad_enabled() or not _side_by_side(layers):
+        return tuple(layer(x) for layer in layers)
+    widths = [layer.weight.shape[0] for layer in layers]
+    weight, bias = layers[0].weight, layers[0].bias
+    weight = weight.as_strided((sum(widths), weight.shape[1]), weight.stride())
+    bias = None if bias is None else bias.as_strided((sum(widths),), (1,))
+    return F.linear(x, weight, bias).split(widths, -1)
+
+
+def _side_by_side(layers):
+    for a, b in pairwise(layers):
+        if type(a) is not Linear or type(b) is not Linear or (a.bias is None) != (b.bias is None):
+            return False
+        for first, second in ((a.weight, b.weight), (a.bias, b.bias)):
+            if first is not None and first.data_ptr() + first.nbytes != second.data_ptr():
+                return False
+            if first is not None and first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+                return False
+    return True
 
 
 class _Deferred(torch.autograd.Function):

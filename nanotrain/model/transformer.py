@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,7 +26,8 @@ from nanotrain.kernels.norm import layer_norm, rms_norm
 from nanotrain.kernels.random import dropout_reference, mix_seed
 from nanotrain.kernels.rotary import rope
 from nanotrain.kernels.token_loss import linear_cross_entropy
-from nanotrain.model.linear import Linear
+from nanotrain.model.linear import Linear, empty_side_by_side, project
+from nanotrain.model.positions import alibi_slopes, rope_frequencies
 from nanotrain.model.presets import PRESETS
 
 
@@ -56,34 +57,58 @@ class ModelConfig:
     """How order enters: rotary embedding, a learned table, or ALiBi slopes."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies [ratio]."""
-    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
-    """How rotary frequencies are stretched beyond `rope_original_context`."""
+    rope_scaling: Literal["none", "linear", "ntk", "dynamic", "yarn", "llama3", "longrope"] = "none"
+    """How rotary frequencies are stretched beyond `rope_original_context`; positions.py says how each does it."""
     rope_factor: float = 1.0
     """Stretch of the context [ratio]."""
     rope_original_context: int = 0
-    """Context the frequencies were trained at [tokens] (yarn, llama3); 0 is `context`."""
+    """Context the frequencies were trained at [tokens] (dynamic, yarn, llama3, longrope); 0 is `context`."""
+    rope_low: float = 1.0
+    """Turns within the original context below which yarn and llama3 stretch a frequency in full [turns]."""
+    rope_high: float = 0.0
+    """Turns above which they leave it alone [turns]; 0 is 32 (yarn) or 4 (llama3)."""
+    rope_attention_factor: float = 0.0
+    """On cos and sin (yarn, longrope) [ratio]; 0 takes the method's own."""
+    rope_untruncated: bool = False
+    """YaRN's ramp begins and ends between channels, not at whole ones."""
+    rope_short_factors: tuple[float, ...] = ()
+    """Longrope's divisor of each frequency up to the original context [ratio]."""
+    rope_long_factors: tuple[float, ...] = ()
+    """Longrope's divisor of each frequency beyond it [ratio]."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm or LayerNorm."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """Normalise each sub-layer's input, or the sum after it."""
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    """Normalise each sub-layer's input, the sum after it, or (sandwich, as Gemma 2) its input and its output."""
     norm_eps: float = 1e-6
     """Added to the variance [squared activation]."""
+    norm_offset: float = 0.0
+    """Added to RMSNorm's weights [weight]; 1 for Gemma."""
     activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     """Feed-forward nonlinearity; gelu has no gate."""
     attention_bias: bool = False
     """Biases on q, k and v."""
+    output_bias: bool = False
+    """A bias on attention's output projection."""
+    mlp_bias: bool = False
+    """Biases on the feed-forward's projections."""
     bias: bool = False
-    """Biases on every linear layer and LayerNorm (implies attention_bias)."""
+    """Biases on every linear layer and LayerNorm (implies the three above)."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys."""
     window: int = 0
     """Sliding window [tokens]; 0 is none."""
+    window_pattern: str = "s"
+    """Which layers have the window: a letter a layer, s sliding or f full, repeated to the depth (Gemma 2 is sf)."""
+    attention_scale: float = 0.0
+    """On attention scores [ratio]; 0 is 1 / sqrt(head_dim)."""
     attention_softcap: float = 0.0
     """Soft cap of attention scores [score]; 0 is none."""
     logit_softcap: float = 0.0
     """Soft cap of logits [logit]; 0 is none."""
     tied: bool = True
     """The head shares the embedding's matrix."""
+    scale_embedding: bool = False
+    """Multiply embeddings by sqrt(width), as Gemma does."""
     init_std: float = 0.02
     """Standard deviation of initial weights [weight]; residual projections get init_std / sqrt(2 * layers)."""
     dropout: float = 0.0
@@ -103,7 +128,7 @@ class ModelConfig:
         c = replace(self, **{k: v for k, v in PRESETS[self.preset].items() if k not in given})
         at_least(c, "model", 1, "width", "layers", "heads", "context")
         at_least(c, "model", 0, "vocab_size", "kv_heads", "head_dim", "ffn_width", "rope_original_context", "window", "attention_softcap",
-                 "logit_softcap")  # fmt: skip
+                 "logit_softcap", "attention_scale", "rope_high", "rope_attention_factor")  # fmt: skip
         for name in ("rope_theta", "rope_factor", "norm_eps", "init_std"):
             if not 0 < getattr(c, name) < math.inf:
                 raise ValueError(f"--model.{name} {getattr(c, name)}: must be positive")
@@ -116,11 +141,17 @@ class ModelConfig:
             ffn_width=c.ffn_width or math.ceil((c.width * 8 / 3 if gated else c.width * 4) / 32) * 32,
             rope_original_context=c.rope_original_context or c.context,
             attention_bias=c.attention_bias or c.bias,
+            output_bias=c.output_bias or c.bias,
+            mlp_bias=c.mlp_bias or c.bias,
         )
         if c.heads % c.kv_heads:
             raise ValueError(f"--model.kv_heads {c.kv_heads}: must divide --model.heads {c.heads}")
-        if c.positions == "rope" and (c.head_dim % 2 or (c.head_dim == 2 and c.rope_scaling in ("ntk", "yarn"))):
-            raise ValueError(f"--model.head_dim {c.head_dim}: rotary embedding needs an even head dim, of at least 4 to be scaled by ntk or yarn")
+        if c.positions == "rope" and (c.head_dim % 2 or (c.head_dim == 2 and c.rope_scaling in ("ntk", "dynamic", "yarn"))):
+            raise ValueError(f"--model.head_dim {c.head_dim}: rotary embedding needs an even head dim, of at least 4 for ntk, dynamic or yarn")
+        if c.rope_scaling == "longrope" and not len(c.rope_short_factors) == len(c.rope_long_factors) == c.head_dim // 2:
+            raise ValueError(f"--model.rope_short_factors, rope_long_factors: longrope needs {c.head_dim // 2} of each, half of the head dim")
+        if not c.window_pattern or set(c.window_pattern) - {"s", "f"}:
+            raise ValueError(f"--model.window_pattern {c.window_pattern!r}: must be letters s (sliding) and f (full)")
         if not c.head_dim:
             raise ValueError(f"--model.width {c.width}: smaller than --model.heads {c.heads}; set --model.head_dim")
         for name in ("dropout", "embedding_dropout"):
@@ -137,77 +168,24 @@ class Dropout:
     counters_BT: torch.Tensor
 
 
-@dataclass
-class Cache:
-    """Keys and values of the tokens seen so far, a pair of (B, capacity, K, D) per layer, sized by the first call."""
-
-    capacity: int
-    length: int = 0
-    layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new keys and values (B, T, K, D) after the `length` held; return all of them."""
-        if self.length + k.shape[1] > self.capacity:
-            raise ValueError(f"cache of {self.capacity} tokens is full; start it larger")
-        if layer not in self.layers:
-            self.layers[layer] = tuple(x.new_empty(x.shape[0], self.capacity, *x.shape[2:]) for x in (k, v))
-        end = self.length + k.shape[1]
-        for held, new in zip(self.layers[layer], (k, v), strict=True):
-            held[:, self.length : end] = new
-        return tuple(held[:, :end] for held in self.layers[layer])
-
-
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, optionally adding a residual first."""
 
-    def __init__(self, width: int, kind: str, eps: float, bias: bool = False):
+    def __init__(self, width: int, kind: str, eps: float, bias: bool = False, offset: float = 0.0):
         super().__init__()
-        self.kind, self.eps = kind, eps
+        self.kind, self.eps, self.offset = kind, eps, offset
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if kind == "layer" and bias else None
 
     def forward(self, x, residual=None):
         if self.kind == "rms":
-            return rms_norm(x, self.weight, self.eps, residual=residual)
+            return rms_norm(x, self.weight, self.eps, residual=residual, offset=self.offset)
         return layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
 
 
-def rope_frequencies(c: ModelConfig) -> tuple[torch.Tensor, float]:
-    """Rotary frequencies (D / 2,) in float64 [radians per token] after scaling, and the factor on cos and sin.
-
-    Sources: linear arXiv 2306.15595; NTK-aware (static base change); YaRN arXiv 2309.00071; llama3 as in Llama 3.1.
-    """
-    D, base, factor, original = c.head_dim, c.rope_theta, c.rope_factor, c.rope_original_context
-    if c.rope_scaling == "ntk":
-        base = base * factor ** (D / (D - 2))
-    exponent = torch.arange(0, D, 2, dtype=torch.float64) / D
-    frequencies = base**-exponent
-    if c.rope_scaling == "linear":
-        return frequencies / factor, 1.0
-    if c.rope_scaling == "llama3":
-        low, high = 1.0, 4.0  # turns within the original context below which to stretch, above which to keep
-        turns = original * frequencies / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * keep + frequencies / factor * (1 - keep), 1.0
-    if c.rope_scaling == "yarn":
-        fast, slow = 32.0, 1.0  # turns within the original context
-
-        def channel(turns):
-            return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-        first, last = max(math.floor(channel(fast)), 0), min(math.ceil(channel(slow)), D - 1)
-        ramp = ((torch.arange(D // 2, dtype=torch.float64) - first) / max(last - first, 0.001)).clamp(0, 1)
-        attention_factor = 1.0 if factor <= 1.0 else 0.1 * math.log(factor) + 1.0
-        return frequencies / factor * ramp + frequencies * (1 - ramp), attention_factor
-    return frequencies, 1.0
-
-
-def alibi_slopes(heads: int) -> torch.Tensor:
-    """ALiBi's slope of each head (H,): powers of 2^(-8/n) for n heads a power of two, else interleaved with the next power's."""
-    n = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
-    slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
-    return torch.tensor(slopes)
+def model_norm(c: ModelConfig) -> Norm:
+    """The norm of the residual stream."""
+    return Norm(c.width, c.norm, c.norm_eps, c.bias, c.norm_offset)
 
 
 class Attention(nn.Module):
@@ -219,31 +197,31 @@ class Attention(nn.Module):
         self.q_proj = Linear(c.width, c.heads * c.head_dim, c.attention_bias)
         self.k_proj = Linear(c.width, c.kv_heads * c.head_dim, c.attention_bias)
         self.v_proj = Linear(c.width, c.kv_heads * c.head_dim, c.attention_bias)
-        self.o_proj = Linear(c.heads * c.head_dim, c.width, c.bias)
-        self.q_norm = Norm(c.head_dim, "rms", c.norm_eps) if c.qk_norm else None
-        self.k_norm = Norm(c.head_dim, "rms", c.norm_eps) if c.qk_norm else None
+        self.o_proj = Linear(c.heads * c.head_dim, c.width, c.output_bias)
+        self.q_norm = Norm(c.head_dim, "rms", c.norm_eps, offset=c.norm_offset) if c.qk_norm else None
+        self.k_norm = Norm(c.head_dim, "rms", c.norm_eps, offset=c.norm_offset) if c.qk_norm else None
+        sliding = c.window and c.window_pattern[layer % len(c.window_pattern)] == "s"
+        self.options = dict(window=c.window if sliding else None, softcap=c.attention_softcap or None, scale=c.attention_scale or None)
         self.attend = flash_attention
 
     def forward(self, x_BTC, positions_BT, rotary, cu_seqlens=None, dropout=None, cache=None):
         c, (B, T, _) = self.c, x_BTC.shape
         # Heads are counted by the weights' shapes, not by the config: a shard holds its part of them.
-        q, k, v = (proj(x_BTC).view(B, T, -1, c.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(B, T, -1, c.head_dim) for y in project((self.q_proj, self.k_proj, self.v_proj), x_BTC))
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rope(q, k, *rotary, positions=positions_BT)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        options = {}
+        options = dict(self.options)
         if c.positions == "alibi":
             heads = q.shape[2]
             options["alibi_slopes"] = alibi_slopes(c.heads)[self.head_start : self.head_start + heads].to(q.device)
+        if cache is not None:
+            return self.o_proj(cache.attend(self.layer, q, k, v, **options).reshape(B, T, -1))
         if dropout is not None and c.dropout:
             starts = dropout.counters_BT[:, 0] if cu_seqlens is None else dropout.counters_BT[0, cu_seqlens[:-1].long()]
             options.update(dropout_p=c.dropout, seed=mix_seed(dropout.seed, starts, torch.tensor(self.layer, device=q.device)))
-        out = self.attend(
-            q, k, v, window=c.window or None, softcap=c.attention_softcap or None, cu_seqlens=cu_seqlens, head_start=self.head_start, **options
-        )
+        out = self.attend(q, k, v, cu_seqlens=cu_seqlens, head_start=self.head_start, **options)
         return self.o_proj(out.reshape(B, T, -1))
 
 
@@ -253,15 +231,15 @@ class FeedForward(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.activation = c.activation
-        self.gate_proj = Linear(c.width, c.ffn_width, c.bias) if c.activation != "gelu" else None
-        self.up_proj = Linear(c.width, c.ffn_width, c.bias)
-        self.down_proj = Linear(c.ffn_width, c.width, c.bias)
+        self.gate_proj = Linear(c.width, c.ffn_width, c.mlp_bias) if c.activation != "gelu" else None
+        self.up_proj = Linear(c.width, c.ffn_width, c.mlp_bias)
+        self.down_proj = Linear(c.ffn_width, c.width, c.mlp_bias)
 
     def forward(self, x):
         if self.activation == "gelu":
             return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
         product = swiglu if self.activation == "swiglu" else geglu
-        return self.down_proj(product(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(product(*project((self.gate_proj, self.up_proj), x)))
 
 
 class Block(nn.Module):
@@ -270,9 +248,9 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
         self.c, self.layer = c, layer
-        self.attention_norm = Norm(c.width, c.norm, c.norm_eps, c.bias)
+        self.attention_norm, self.mlp_norm = model_norm(c), model_norm(c)
+        self.attention_post_norm, self.mlp_post_norm = (model_norm(c), model_norm(c)) if c.norm_position == "sandwich" else (None, None)
         self.attention = Attention(c, layer)
-        self.mlp_norm = Norm(c.width, c.norm, c.norm_eps, c.bias)
         self.mlp = FeedForward(c)
 
     def forward(self, x_BTC, positions_BT, rotary, cu_seqlens=None, dropout=None, cache=None):
@@ -286,9 +264,12 @@ class Block(nn.Module):
         if self.c.norm_position == "post":
             x = self.attention_norm(self._drop(self.attention(x, positions_BT, rotary, cu_seqlens, dropout, cache), dropout, 0), x)[0]
             return self.mlp_norm(self._drop(mlp(x), dropout, 1), x)[0]
-        attended = self._drop(self.attention(self.attention_norm(x), positions_BT, rotary, cu_seqlens, dropout, cache), dropout, 0)
-        normed, x = self.mlp_norm(attended, x)
-        return x + self._drop(mlp(normed), dropout, 1)
+        attended = self.attention(self.attention_norm(x), positions_BT, rotary, cu_seqlens, dropout, cache)
+        normed, x = self.mlp_norm(self._drop(self._after(self.attention_post_norm, attended), dropout, 0), x)
+        return x + self._drop(self._after(self.mlp_post_norm, mlp(normed)), dropout, 1)
+
+    def _after(self, norm, branch):
+        return branch if norm is None else norm(branch)
 
     def _drop(self, branch, dropout, site):
         if dropout is None or not self.c.dropout:
@@ -307,7 +288,7 @@ class Head(nn.Module):
     def __init__(self, c: ModelConfig, weight: nn.Parameter | None = None):
         super().__init__()
         self.c = c
-        self.norm = Norm(c.width, c.norm, c.norm_eps, c.bias) if c.norm_position == "pre" else None
+        self.norm = model_norm(c) if c.norm_position != "post" else None
         self.weight = nn.Parameter(torch.empty(c.vocab_size, c.width)) if weight is None else weight
 
     def forward(self, hidden_BTC, labels_BT, **options):
@@ -337,28 +318,31 @@ class Transformer(nn.Module):
         self.embed_positions = nn.Embedding(c.context, c.width) if c.positions == "learned" else None
         self.blocks = nn.ModuleDict({str(layer): Block(c, layer) for layer in range(c.layers)})
         self.head = Head(c, self.embed.weight if c.tied else None)
-        self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rotary: tuple[int, tuple[torch.Tensor, torch.Tensor]] = (-1, ())
 
     def rotary_tables(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
         """cos and sin (at least length, D / 2) in fp32, made on first use; None without RoPE."""
         if self.c.positions != "rope":
             return None
-        if self._rotary is None or len(self._rotary[0]) < length or self._rotary[0].device != device:
-            frequencies, factor = rope_frequencies(self.c)
+        reach = length if self.c.rope_scaling in ("dynamic", "longrope") and length > self.c.rope_original_context else 0
+        if self._rotary[0] != reach or len(self._rotary[1][0]) < length or self._rotary[1][0].device != device:
+            frequencies, factor = rope_frequencies(self.c, reach)
             angles = torch.arange(max(length, min(self.c.context, 4096)), dtype=torch.float64)[:, None] * frequencies
-            self._rotary = tuple((t * factor).to(device, torch.float32) for t in (angles.cos(), angles.sin()))
-        return self._rotary
+            self._rotary = reach, tuple((t * factor).to(device, torch.float32) for t in (angles.cos(), angles.sin()))
+        return self._rotary[1]
 
-    def forward(self, x, positions_BT, *, cu_seqlens=None, dropout: Dropout | None = None, cache: Cache | None = None, max_position: int = 0):
+    def forward(self, x, positions_BT, *, cu_seqlens=None, dropout: Dropout | None = None, cache=None, max_position: int = 0):
         """Hidden states (B, T, C), before the head's norm, of tokens (B, T) int64 at positions (B, T).
 
         cu_seqlens    offsets of packed documents (B is 1)
         dropout       given in training where the config has dropout; None switches it off
-        cache         keys and values of earlier tokens; these ones are appended
+        cache         a step of a KV cache (cache.py), which stores keys and values and attends to those it holds; no gradients
         max_position  largest position plus one, where the host knows it; 0 takes the config's context
         """
         if self.embed is not None:
             x = F.embedding(x, self.embed.weight)
+            if self.c.scale_embedding:
+                x = x * torch.tensor(math.sqrt(self.c.width), dtype=x.dtype)
             if self.embed_positions is not None:
                 x = x + F.embedding(positions_BT, self.embed_positions.weight)
             if dropout is not None and self.c.embedding_dropout:
@@ -366,8 +350,6 @@ class Transformer(nn.Module):
         rotary = self.rotary_tables(max_position or self.c.context, x.device)
         for block in self.blocks.values():
             x = block(x, positions_BT, rotary, cu_seqlens, dropout, cache)
-        if cache is not None:
-            cache.length += x.shape[1]
         return x
 
 
@@ -377,20 +359,32 @@ def meta_model(c: ModelConfig) -> Transformer:
         return Transformer(c)
 
 
+def empty_model(c: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+    """The model of a resolved config with storage but no values, to be loaded; made without a second copy of anything."""
+    model = meta_model(c)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            empty_side_by_side((module.q_proj, module.k_proj, module.v_proj), dtype, device)
+        elif isinstance(module, FeedForward) and module.gate_proj is not None:
+            empty_side_by_side((module.gate_proj, module.up_proj), dtype, device)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.device.type == "meta":
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device)))
+    if c.tied:
+        model.head.weight = model.embed.weight
+    return model
+
+
+@torch.no_grad()
 def build_model(c: ModelConfig, *, seed: int, dtype: torch.dtype, device: torch.device | str) -> Transformer:
     """The model on `device` in `dtype` with initial weights, each a function of the seed and the parameter's name only.
 
     Matrices are normal with init_std, those that write to the residual stream (o_proj, down_proj) with
-    init_std / sqrt(2 * layers); norm weights are 1, biases 0. Made one tensor at a time in fp32, never twice in memory.
+    init_std / sqrt(2 * layers); norms scale by 1, biases are 0. Made one tensor at a time in fp32, never twice in memory.
     """
-    model = meta_model(c)
-    replaced: dict[int, nn.Parameter] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in replaced:
-                value = initial_value(f"{module_name}.{name}", parameter.shape, c, seed)
-                replaced[id(parameter)] = nn.Parameter(value.to(device, dtype))
-            setattr(module, name, replaced[id(parameter)])
+    model = empty_model(c, dtype=dtype, device=device)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, c, seed))
     return model
 
 
@@ -399,7 +393,7 @@ def initial_value(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> to
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.full(shape, 1.0 - c.norm_offset)
     residual = name.endswith(("o_proj.weight", "down_proj.weight"))
     std = c.init_std / math.sqrt(2 * c.layers) if residual else c.init_std
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -12,26 +12,30 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from nanotrain import checkpoint, losses, memory
 from nanotrain import config as configs
 from nanotrain.checkpoint import CheckpointConfig
+from nanotrain.console import step_line
 from nanotrain.data.loader import Batch, Loader
 from nanotrain.data.shards import TokenShards, file_sha256
 from nanotrain.environment import peak_flops
 from nanotrain.eval import bits_per_byte
-from nanotrain.model.generate import SamplingConfig, generate
+from nanotrain.gpu import GpuWatch
+from nanotrain.ledger import replace_file
+from nanotrain.model.generate import generate
+from nanotrain.model.sampling import SamplingConfig
 from nanotrain.model.transformer import Dropout, ModelConfig, Transformer, build_model, parameter_count
 from nanotrain.optim import OptimConfig, Optimizer, StepResult, check_optim, schedule_factor
-from nanotrain.run import Run, RunConfig, choose_device, replace_file
+from nanotrain.run import Run, RunConfig, choose_device
 from nanotrain.session import Progress, Session
-from nanotrain.stability import WINDOW, make_deterministic, reserve_workspace, spiked
+from nanotrain.stability import WINDOW, make_deterministic, reserve_workspace, sampled, spiked, update_ratios
 from nanotrain.tokenizer import Tokenizer
+from nanotrain.trackers import LogConfig, check_trackers, open_trackers
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class TrainConfig:
     """Between samples written to the log [steps]; 0 is none."""
     sample_prompt: str = "def "
     """What samples write on from."""
+    ratios_every: int = 50
+    """Between measurements of each parameter's |update| / |weight| for metrics.jsonl, the first step's besides [steps]; 0 never."""
     early_stop: int = 0
     """Stop after so many without a new best [validations]; 0 never."""
     plateau: int = 0
@@ -106,6 +112,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
@@ -115,7 +122,8 @@ def check(c: Config) -> None:
     if sum(x > 0 for x in (t.steps, t.tokens, t.seconds)) != 1 or min(t.steps, t.tokens, t.seconds) < 0:
         raise ValueError("--train.steps, --train.tokens, --train.seconds: set exactly one of them, above 0")
     configs.at_least(t, "train", 1, "micro_batch", "accumulate", "length", "max_skipped")
-    configs.at_least(t, "train", 0, "val_every", "val_tokens", "sample_every", "early_stop", "plateau", "spike_sigma", "spike_lr", "max_rollbacks")
+    configs.at_least(t, "train", 0, "val_every", "val_tokens", "sample_every", "ratios_every", "early_stop", "plateau")
+    configs.at_least(t, "train", 0, "spike_sigma", "spike_lr", "max_rollbacks")
     configs.at_least(c.checkpoint, "checkpoint", 0, "every")
     configs.at_least(c.checkpoint, "checkpoint", 1, "keep")
     configs.at_least(c.run, "run", 1, "log_every")
@@ -135,6 +143,7 @@ def check(c: Config) -> None:
     if t.early_stop and not t.val_every:
         raise ValueError(f"--train.early_stop {t.early_stop}: counts validations; set --train.val_every too")
     check_optim(c.optim)
+    check_trackers(c.log)
 
 
 class Training:
@@ -169,6 +178,7 @@ class Training:
         self.optimizer = Optimizer(self.model, c.optim)
         facts = dict(model=asdict(c.model), dtype=c.train.dtype, seed=c.run.seed, length=c.train.length, **fingerprints)
         self.session = Session(folder, self.model, self.optimizer, facts, c.checkpoint.keep)
+        self.gpu = GpuWatch(device)
 
     def announce(self) -> None:
         """Before anything large is made: model, data, batch, what linear scaling would suggest, and the memory plan."""
@@ -185,6 +195,19 @@ class Training:
         say(f"memory: {self.plan}")
         if self.plan.total > self.plan.available:
             say(f"memory: this may not fit; next: {smaller(c)}")
+
+    def facts(self) -> dict[str, Any]:
+        """What the run starts from: model, budget, data, and the memory plan in bytes."""
+        c, data, held_out, plan = self.c, self.shards, self.val_shards, self.plan
+        sizes = {name: getattr(plan, name) for name in ("parameters", "gradients", "optimizer", "workspace", "total", "available")}
+        return dict(
+            preset=c.model.preset, parameters=self.parameters, dtype=c.train.dtype, device=str(self.device),
+            budget={name: value for name in ("steps", "tokens", "seconds") if (value := getattr(c.train, name))},
+            train_tokens=data.tokens, train_rows=self.loader.rows, val_tokens=held_out.tokens, val_documents=len(held_out.document_starts),
+            val_bytes=held_out.bytes, vocab_size=data.vocab_size, source=data.index["facts"],
+            **{name: data.index[name] for name in ("tokenizer_sha256", "data_sha256")},
+            plan=sizes | {"activations": plan.rows * plan.activations_per_row},
+        )  # fmt: skip
 
 
 def step(model: Transformer, optimizer: Optimizer, batches: list[Batch], factor: float, seed: int) -> tuple[torch.Tensor, StepResult]:
@@ -247,6 +270,8 @@ def run(config: Config) -> int:
             folder.record(configs.write_toml(replace(training.c, run=replace(config.run, dir=str(folder.path)))))
             progress = training.session.progress
             folder.open_metrics(progress.step, progress.val_bpb is not None)
+            folder.event("start", step=progress.step, **training.facts())
+            folder.trackers = open_trackers(config.log, folder.path, configs.flatten(training.c), progress.step)
             return Loop(training).run()
         except (MemoryError, RuntimeError) as error:
             if not memory.is_out_of_memory(error):
@@ -266,6 +291,8 @@ class Pending:
     """For data [s]."""
     results: torch.Tensor
     """Loss, gradient norm, whether clipped, whether skipped, loss scale."""
+    ratios: torch.Tensor | None
+    """Of update to weight, a number per parameter, where they were measured."""
 
 
 class Loop:
@@ -275,6 +302,8 @@ class Loop:
         self.t, self.folder, self.c = training, training.folder, training.c
         self.rows = self.c.train.micro_batch * self.c.train.accumulate
         self.pending: list[Pending] = []
+        self.row: dict[str, Any] | None = None
+        """The newest that was logged."""
         self.step_seconds = 0.0
         self.pending_seconds = 0.0
 
@@ -298,8 +327,11 @@ class Loop:
                     continue  # the last steps were rolled back
                 return self.finish(reason)
             self.train_step()
+            if figures := self.t.gpu.read():
+                self.folder.metric({"step": self.progress.step} | figures)
             if self.progress.step == first or self.progress.step % self.c.run.log_every == 0:
                 self.look()
+            self.folder.show(self.share_done(), self.seconds_left(), self.row)
             if self.progress.step == first:
                 measured, planned = self.t.peak.bytes(), self.t.plan.total
                 self.folder.say(f"memory: {memory.format_bytes(measured)} at the peak of step {first}, {memory.format_bytes(planned)} planned")
@@ -313,13 +345,16 @@ class Loop:
         waited = time.perf_counter() - started
         factor = schedule_factor(self.c.optim, self.share_done(ahead=True)) * c.spike_lr**p.rollbacks
         scale = t.optimizer.loss_scale
+        weights = t.optimizer.params | t.optimizer.masters
+        before = sampled(weights) if c.ratios_every and (p.step == 0 or (p.step + 1) % c.ratios_every == 0) else None
         loss, result = step(t.model, t.optimizer, batches, factor, self.c.run.seed)
         p.step += 1
         p.cursor += self.rows
         p.tokens += self.rows * c.length
         p.val_bpb = None
         results = torch.stack([x.double() for x in (loss, result.grad_norm, result.clipped, result.skipped, scale)])
-        self.pending.append(Pending(p.step, p.cursor, p.tokens, factor, waited, results))
+        ratios = update_ratios(before, weights) if before else None
+        self.pending.append(Pending(p.step, p.cursor, p.tokens, factor, waited, results, ratios))
         self.step_seconds = time.perf_counter() - started
         p.seconds += self.step_seconds
         self.pending_seconds += self.step_seconds
@@ -332,6 +367,11 @@ class Loop:
         if c.tokens:
             return (p.tokens + ahead * self.rows * c.length) / c.tokens
         return (p.seconds + ahead * (self.step_seconds or 1e-3 * c.seconds)) / c.seconds
+
+    def seconds_left(self) -> float:
+        """What the rest of the budget takes, at the pace so far."""
+        share = min(1.0, self.share_done())
+        return self.progress.seconds / share * (1 - share) if share else 0.0
 
     def reason_to_stop(self) -> str:
         """Why to end here, or nothing."""
@@ -368,7 +408,7 @@ class Loop:
 
     def log(self, done: Pending, loss: float, norm: float, clipped: bool, skipped: bool, scale: float, seconds: float, last: bool) -> None:
         """A step's row of metrics.jsonl; a line on the console for the `last` of a look and for one that was skipped."""
-        c, t, p = self.c, self.t, self.progress
+        c, t = self.c, self.t
         rate = self.rows * c.train.length / seconds
         model, ceiling = c.model, peak_flops(t.device)
         flops = 6 * t.parameters + 6 * model.layers * model.heads * model.head_dim * c.train.length
@@ -380,19 +420,15 @@ class Loop:
         )  # fmt: skip
         if t.optimizer.dynamic_scale:
             row["loss_scale"] = scale
+        if done.ratios is not None:
+            row["update_ratio"] = dict(zip(t.optimizer.params, done.ratios.tolist(), strict=True))
         t.session.seconds = 0.0
+        self.row = row
         self.folder.metric(row)
         if skipped:
             self.folder.event("skipped", step=done.step, loss=repr(loss), grad_norm=repr(norm))
         if last or skipped:
-            share = min(1.0, self.share_done())
-            left = timedelta(seconds=int(p.seconds / share * (1 - share)) if share else 0)
-            mfu = f"  mfu {row['mfu']:.1%}" if ceiling else ""
-            self.folder.say(
-                f"step {done.step:>6,}  loss {loss:7.4f}  lr {row['lr']:.2e}  norm {norm:6.2f}  {rate:>9,.0f} tok/s"
-                f"{mfu}  {memory.format_bytes(row['peak_memory_bytes'])}  {share:4.0%}  eta {left}"
-                f"{'  SKIPPED: not finite' if skipped else ''}"
-            )
+            self.folder.say(step_line(row, share=min(1.0, self.share_done()), left=self.seconds_left(), gpu=t.gpu.latest))
 
     def between_steps(self) -> None:
         """The validation, sample and checkpoint that are due after the last step, if they were not done before a resume."""
@@ -406,7 +442,7 @@ class Loop:
             if validate and self.share_done() < 1 and not self.validate():
                 return  # stopped by a signal; it is made up for after --resume auto
             if sample:
-                self.folder.say(f"sample: {self.sample(c.train.sample_prompt)!r}")
+                self.folder.sample(p.step, c.train.sample_prompt, self.sample(c.train.sample_prompt))
             p.served = p.step
         if save:
             self.t.session.save()
@@ -435,7 +471,7 @@ class Loop:
             seconds, step = time.perf_counter() - started, self.progress.step
             self.folder.metric(dict(step=step, val_loss=score.nats_per_token, val_bpb=score.bits_per_byte, val_tokens=score.tokens,
                                     val_documents=score.documents, val_s=round(seconds, 3)))  # fmt: skip
-            self.folder.say(f"step {step:>6,}  validation: {score.nats_per_token:.4f} nats per token, {score.bits_per_byte:.4f} bits per byte"
+            self.folder.say(f"step {step:>9,}  validation: {score.nats_per_token:.4f} nats per token, {score.bits_per_byte:.4f} bits per byte"
                             f" ({score.documents} documents, {seconds:.1f} s)")  # fmt: skip
         return score
 
@@ -443,7 +479,7 @@ class Loop:
         """A continuation of `prompt`."""
         t = self.t.tokenizer
         ids = [t.bos, *t.encode(prompt)]
-        return t.decode([*ids, *generate(self.t.model, ids, SamplingConfig(max_tokens=tokens), stop=frozenset([t.eos]))])
+        return prompt + generate(self.t.model, [ids], SamplingConfig(max_tokens=tokens), stop=t.stop_ids, tokenizer=t)[0].text
 
     def finish(self, reason: str) -> int:
         """The last checkpoint, the validation of all held-out documents (unless a signal hurries), and a summary."""

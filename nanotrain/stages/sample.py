@@ -1,8 +1,8 @@
 """sample: write on from a prompt with a trained model, streaming to the terminal.
 
-nanotrain sample --run.dir=runs/quickstart --prompt='def main():'
-nanotrain sample --run.dir=runs/quickstart --prompt='import os' --sampling.temperature=0
-nanotrain sample --run.dir=runs/quickstart --sampling.top_p=0.9 --sampling.max_tokens=500
+nanotrain sample runs/quickstart --prompt='def main():'
+nanotrain sample runs/quickstart --prompt='import os' --sampling.temperature=0 --stop='def '
+nanotrain sample models/llama-3.2-1b --prompt='The sea' --sampling.min_p=0.05 --count=4
 """
 
 from __future__ import annotations
@@ -11,26 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-
-from nanotrain import checkpoint
 from nanotrain import config as configs
-from nanotrain.model.generate import SamplingConfig, check_sampling, generate
-from nanotrain.model.transformer import ModelConfig, Transformer, build_model
+from nanotrain.model.generate import Generator
+from nanotrain.model.sampling import SamplingConfig, check_sampling
+from nanotrain.model.transformer import Transformer
+from nanotrain.pretrained import ModelSource, load_pretrained, with_directory
 from nanotrain.run import choose_device
-from nanotrain.tokenizer import StreamDecoder, Tokenizer
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Which model writes."""
-
-    dir: str = "runs/quickstart"
-    """Run folder; its newest checkpoint that verifies is used."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
 
 
 @dataclass(frozen=True)
@@ -39,59 +26,61 @@ class Config:
 
     prompt: str = ""
     """Text to write on from; `-` reads it from standard input."""
-    stop: tuple[str, ...] = ("<eos>",)
-    """Tokens, by their spelling, that end the text."""
+    stop: tuple[str, ...] = ()
+    """Strings, or special tokens by their spelling, that end the text, besides the tokenizer's own end tokens."""
+    count: int = 1
+    """Texts to write, side by side [texts]."""
     run: ModelSource = field(default_factory=ModelSource)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
-def load_run(directory: str, device: torch.device, say: Callable[[str], None]) -> tuple[Transformer, Tokenizer]:
-    """The model (newest checkpoint that verifies) and tokenizer of a run folder. ValueError naming what is missing."""
-    folder = Path(directory)
-    path = checkpoint.latest(folder / "checkpoints", say)
-    if path is None:
-        raise ValueError(f"--run.dir {directory}: no checkpoint that verifies under {folder / 'checkpoints'}; train first with nanotrain quickstart")
-    state = checkpoint.load_state(path)
-    c = ModelConfig(**state["model"])
-    model = build_model(c, seed=0, dtype=getattr(torch, state["dtype"]), device=device)
-    checkpoint.load_tensors(path / "model.safetensors", dict(model.named_parameters()))
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    if tokenizer.fingerprint() != state["tokenizer_sha256"]:
-        raise ValueError(
-            f"{folder / 'tokenizer.model'}: fingerprint {tokenizer.fingerprint()[:12]}, the checkpoint has {state['tokenizer_sha256'][:12]}"
-        )
-    return model, tokenizer
+def step(
+    model: Transformer, tokenizer, prompt: str, c: Config, *, write: Callable[[int, str], None], draft: Transformer | None = None
+) -> tuple[int, str]:  # fmt: skip
+    """Write `count` texts after the prompt, each piece to `write(number, piece)` as it comes; returns tokens, and a remark on the draft."""
+    ids = [tokenizer.bos] * (tokenizer.add_bos and tokenizer.bos is not None) + tokenizer.encode(prompt)
+    special = {tokenizer.piece(i): i for i in tokenizer.special.values()}
+    stop = tokenizer.stop_ids | {special[s] for s in c.stop if s in special}
+    generator = Generator(model, c.sampling, draft=draft, tokenizer=tokenizer, stop=stop, stop_text=tuple(s for s in c.stop if s not in special))
+    tokens = 0
+    for written in generator.run([ids] * c.count):
+        tokens += 1
+        write(written.prompt, written.text)
+    share = f", {generator.accepted / max(1, generator.proposed):.0%} of the draft's tokens accepted" if draft is not None else ""
+    return tokens, share
 
 
-def stream(model: Transformer, tokenizer: Tokenizer, prompt: str, c: SamplingConfig, *, stop: frozenset[int], write: Callable[[str], None]) -> int:
-    """Write the prompt's continuation piece by piece; returns the number of tokens."""
-    decoder, count = StreamDecoder(tokenizer), 0
-    token = tokenizer.eos
-    for token in generate(model, [tokenizer.bos, *tokenizer.encode(prompt)], c, stop=stop):
-        count += 1
-        write(decoder.add(token))
-    write(decoder.add(tokenizer.eos, last=True))
-    return count
+def show(number: int, piece: str) -> None:
+    """Print a piece of the only text."""
+    print(piece, end="", flush=True)
 
 
 def main(argv: list[str]) -> int:
     """Command line of the stage."""
-    c, _ = configs.parse(Config, argv, command="sample")
+    c, _ = configs.parse(Config, with_directory(argv), command="sample")
     check_sampling(c.sampling)
-    model, tokenizer = load_run(c.run.dir, choose_device(c.run.device), lambda line: print(line, file=sys.stderr))
-    special = {tokenizer.piece(i): i for i in range(tokenizer.vocab_size)}
-    for piece in c.stop:
-        if piece not in special:
-            raise ValueError(f"--stop {piece}: no such token; special ones are <eos> {' '.join(tokenizer.special)}")
+    if c.count < 1:
+        raise ValueError(f"--count {c.count}: must be at least 1")
+    device = choose_device(c.run.device)
+    model, tokenizer = load_pretrained(c.run.dir, device=device, say=_aside)
+    draft = load_pretrained(c.run.draft, device=device, say=_aside)[0] if c.run.draft else None
     prompt = sys.stdin.read() if c.prompt == "-" else c.prompt
+    texts = [prompt] * c.count
 
-    def write(text):
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    def write(number, text):
+        texts[number] += text
 
-    write(prompt)
+    if c.count == 1:
+        print(prompt, end="", flush=True)
     started = time.monotonic()
-    count = stream(model, tokenizer, prompt, c.sampling, stop=frozenset(special[p] for p in c.stop), write=write)
+    count, remark = step(model, tokenizer, prompt, c, draft=draft, write=show if c.count == 1 else write)
     seconds = time.monotonic() - started
-    print(f"\n[{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s]", file=sys.stderr)
+    if c.count > 1:
+        print(f"\n{'-' * 40}\n".join(texts), end="")
+    print()
+    _aside(f"[{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s{remark}]")
     return 0
+
+
+def _aside(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,75 +1,182 @@
-"""Drawing tokens: the cache changes nothing, each filter does what it says, the draws have the right distribution."""
+"""Writing on from many prompts: nothing but speed tells it from writing each alone by full recomputation."""
 
 import pytest
 import torch
 
-from nanotrain.model.generate import SamplingConfig, generate, next_token_probabilities
-from tests.model.test_transformer import build, logits
+from nanotrain.model.cache import Cache
+from nanotrain.model.generate import Generator, generate
+from nanotrain.model.sampling import SamplingConfig, distribution
+from tests.model.test_transformer import OPTIONS, build, logits
+
+PROMPTS = [[1, 5, 7], [2], [9, 8, 7, 6, 5, 4, 3], [1, 5, 7, 11], [30, 31]]
+GREEDY = SamplingConfig(temperature=0, max_tokens=8)
+DRAWN = SamplingConfig(temperature=1.0, max_tokens=8, seed=3)
 
 
-def test_greedy_equals_full_recomputation():
-    model = build(window=4, qk_norm=True)
-    text = [1, 5, 7]
-    got = list(generate(model, text, SamplingConfig(temperature=0, max_tokens=8), stop=frozenset()))
-    for _ in range(8):
-        text = [*text, int(logits(model, torch.tensor([text]))[0, -1].argmax())]
-    assert got == text[3:]
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    open_ended: frozenset[int] = frozenset()
+
+    def decode(self, ids, *, escaped=False):
+        return "".join(chr(97 + i) for i in ids)
 
 
-def test_stops_at_a_stop_token_and_at_the_end_of_learned_positions():
-    model = build(positions="learned")
-    free = list(generate(model, [1], SamplingConfig(temperature=0, max_tokens=10), stop=frozenset()))
-    stopped = list(generate(model, [1], SamplingConfig(temperature=0, max_tokens=10), stop=frozenset([free[3]])))
-    assert stopped == free[: free.index(free[3]) + 1]
-    assert len(list(generate(model, [1] * 30, SamplingConfig(max_tokens=10), stop=frozenset()))) == 2
-    with pytest.raises(ValueError, match="learned positions end at 32"):
-        list(generate(model, [1] * 32, SamplingConfig(), stop=frozenset()))
-    with pytest.raises(ValueError, match="no token"):
-        list(generate(model, [], SamplingConfig(), stop=frozenset()))
+def by_recomputation(model, prompt, steps, **options):
+    text = list(prompt)
+    for _ in range(steps):
+        text.append(int(logits(model, torch.tensor([text]), **options)[0, -1].argmax()))
+    return text[len(prompt) :]
 
 
-def test_the_seed_decides():
+@pytest.mark.parametrize("option", OPTIONS)
+def test_greedy_equals_full_recomputation(option):
+    """Uneven prompts, fewer rows than prompts, so that finished rows make room for waiting ones."""
+    model = build(**OPTIONS[option])
+    found = generate(model, PROMPTS, GREEDY, rows=3)
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        reach = dict(max_position=max(32, len(prompt) + 8)) if option in ("dynamic", "longrope") else {}
+        assert completion.tokens == by_recomputation(model, prompt, 8, **reach), prompt
+        assert completion.reason == "length"
+
+
+@pytest.mark.parametrize("option", ["plain", "gemma2", "learned", "alibi"])
+def test_logprobs_are_the_training_heads(option):
+    model = build(**OPTIONS[option])
+    settings = SamplingConfig(temperature=0.7, top_k=20, repetition_penalty=1.3, max_tokens=9)
+    for prompt, completion in zip(PROMPTS, generate(model, PROMPTS, settings, rows=2), strict=True):
+        text = torch.tensor([[*prompt, *completion.tokens]])
+        hidden = model(text[:, :-1], torch.arange(text.shape[1] - 1)[None], max_position=text.shape[1])
+        logprob = model.head(hidden, text[:, 1:])[1]
+        torch.testing.assert_close(torch.tensor(completion.logprobs, dtype=torch.float64), logprob[len(prompt) - 1 :].detach())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(top_k=10), dict(top_p=0.8), dict(min_p=0.2, temperature=1.5), dict(repetition_penalty=1.5, top_p=0.9, top_k=30)],
+    ids=lambda s: "-".join(s) or "plain",
+)
+def test_a_sample_does_not_depend_on_its_batch(settings):
+    model = build(kv_heads=2, window=5, window_pattern="sf")
+    c = SamplingConfig(**(dict(max_tokens=20, seed=5) | settings))
+    alone = [generate(model, [prompt], c, seeds=[n])[0] for n, prompt in enumerate(PROMPTS)]
+    for rows in (2, 5):
+        together = generate(model, PROMPTS, c, seeds=list(range(5)), rows=rows)
+        assert [t.tokens for t in together] == [a.tokens for a in alone]
+    backwards = generate(model, PROMPTS[::-1], c, seeds=[4, 3, 2, 1, 0], rows=3)
+    assert [t.tokens for t in backwards[::-1]] == [a.tokens for a in alone]
+
+
+def test_seeds_follow_the_prompt_number():
     model = build()
-    runs = [list(generate(model, [1], SamplingConfig(max_tokens=12, seed=s), stop=frozenset())) for s in (0, 0, 1)]
-    assert runs[0] == runs[1] != runs[2]
-
-
-def test_any_positive_temperature_works():
-    raw = torch.tensor([2.0, 1.0, 0.5, -1.0])
-    for temperature in (1e-42, 1e-30, 1e30):
-        drawn = next_token_probabilities(raw, torch.tensor([0]), SamplingConfig(temperature=temperature))
-        assert abs(float(drawn.sum()) - 1) < 1e-6 and (drawn[0] == 1 or temperature > 1)
-
-
-def probabilities(seen=(0,), **options):
-    raw = torch.tensor([2.0, 1.0, 0.5, -1.0])
-    return next_token_probabilities(raw, torch.tensor(seen), SamplingConfig(**(dict(temperature=1.0) | options)))
-
-
-def test_filters():
-    raw = torch.tensor([2.0, 1.0, 0.5, -1.0])
-    torch.testing.assert_close(probabilities(), torch.softmax(raw, 0))
-    torch.testing.assert_close(probabilities(temperature=2.0), torch.softmax(raw / 2, 0))
-    assert probabilities(temperature=0).tolist() == [1, 0, 0, 0]
-    torch.testing.assert_close(probabilities(top_k=2), torch.cat([torch.softmax(raw[:2], 0), torch.zeros(2)]))
-    p = torch.softmax(raw, 0)
-    torch.testing.assert_close(probabilities(top_p=float(p[0]) + 0.01), torch.cat([torch.softmax(raw[:2], 0), torch.zeros(2)]))
-    torch.testing.assert_close(probabilities(top_p=1e-6), torch.tensor([1.0, 0, 0, 0]))
-    torch.testing.assert_close(probabilities((0, 3), repetition_penalty=2.0), torch.softmax(torch.tensor([1.0, 1.0, 0.5, -2.0]), 0))
+    one, two = generate(model, [[1], [1]], DRAWN)
+    assert one.tokens != two.tokens
+    assert generate(model, [[1]], DRAWN)[0].tokens == one.tokens
+    assert generate(model, [[1]], SamplingConfig(temperature=1.0, max_tokens=8, seed=4))[0].tokens == two.tokens
+    with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
+        generate(model, [[1], [2]], DRAWN, seeds=[1])
 
 
 def test_draws_follow_the_probabilities():
     """Chi-square over 3,000 first tokens of a model with 50; the 0.1% quantile of 49 degrees of freedom is 85.35."""
     model = build()
-    p = next_token_probabilities(logits(model, torch.tensor([[1, 2]]))[0, -1], torch.tensor([1, 2]), SamplingConfig(temperature=1.0))
-    counts = torch.zeros(50)
-    for seed in range(3000):
-        counts[next(generate(model, [1, 2], SamplingConfig(temperature=1.0, max_tokens=1, seed=seed), stop=frozenset()))] += 1
-    chi_square = ((counts - 3000 * p) ** 2 / (3000 * p)).sum()
-    assert chi_square < 85.35
+    p = distribution(logits(model, torch.tensor([[1, 2]]))[:, -1], None, SamplingConfig(temperature=1.0))[0].detach()
+    found = generate(model, [[1, 2]] * 3000, SamplingConfig(temperature=1.0, max_tokens=1), rows=500)
+    counts = torch.bincount(torch.tensor([c.tokens[0] for c in found]), minlength=50)
+    assert ((counts - 3000 * p) ** 2 / (3000 * p)).sum() < 85.35
 
 
-@pytest.mark.parametrize("option", [dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(repetition_penalty=0.0), dict(max_tokens=0)])
-def test_bad_values_name_their_flag(option):
-    with pytest.raises(ValueError, match=f"--sampling.{next(iter(option))}"):
-        list(generate(build(), [1], SamplingConfig(**option), stop=frozenset()))
+def test_a_draft_changes_nothing_when_greedy():
+    model, draft = build(window=4), build(seed=1, layers=1)
+    plain = generate(model, PROMPTS, GREEDY)
+    for other in (draft, model):
+        for rows, lookahead in ((1, 1), (3, 4)):
+            found = generate(model, PROMPTS, GREEDY, rows=rows, draft=other, lookahead=lookahead)
+            assert [f.tokens for f in found] == [p.tokens for p in plain]
+            torch.testing.assert_close([f.logprobs for f in found], [p.logprobs for p in plain])
+
+
+def test_a_perfect_draft_is_always_accepted():
+    model = build()
+    generator = Generator(model, DRAWN, draft=model, lookahead=3)
+    assert len(list(generator.run([[1, 2]]))) == 8
+    assert generator.accepted == generator.proposed > 0
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(top_k=6), dict(repetition_penalty=3.0)], ids=lambda s: "-".join(s) or "plain")
+def test_a_draft_leaves_the_distribution_exact(settings):
+    """Pairs of the second and third new token, against their exact joint distribution; the draft is another model altogether."""
+    model, draft = build(vocab_size=7), build(seed=9, layers=1, vocab_size=7)
+    c = SamplingConfig(**(dict(temperature=1.0, max_tokens=4) | settings))
+    found = generate(model, [[1, 2]] * 6000, c, rows=500, draft=draft, lookahead=2)
+    counts = torch.zeros(7, 7)
+    for completion in found:
+        counts[completion.tokens[1], completion.tokens[2]] += 1
+    joint = torch.zeros(7, 7, dtype=torch.float64)
+
+    def following(text):
+        seen = torch.zeros(1, 7, dtype=torch.bool)
+        seen[0, text] = True
+        return distribution(logits(model, torch.tensor([text]))[:, -1].detach(), seen, c)[0]
+
+    for a, pa in enumerate(following([1, 2])):
+        for b, pb in enumerate(following([1, 2, a])):
+            joint[b] += pa * pb * following([1, 2, a, b])
+    possible = joint > 0
+    assert counts[~possible].sum() == 0
+    likely = joint * 6000 >= 5  # rarer pairs are one class
+    observed = torch.cat([counts[likely], counts[possible & ~likely].sum()[None]])
+    expected = torch.cat([joint[likely], joint[possible & ~likely].sum()[None]]) * 6000
+    chi_square = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    freedom = len(observed) - 1
+    assert chi_square < freedom + 3.3 * (2 * freedom) ** 0.5 + 6.6  # the 0.1% quantile, by Laurent and Massart's bound
+
+
+def test_stop_tokens_and_strings():
+    model, letters = build(), Letters()
+    free = generate(model, PROMPTS, GREEDY, tokenizer=letters)
+    text = free[0].text
+    assert text == letters.decode(free[0].tokens)
+    stopped = generate(model, PROMPTS, GREEDY, stop=frozenset([free[0].tokens[3]]), tokenizer=letters)[0]
+    at = free[0].tokens.index(free[0].tokens[3])
+    assert (stopped.tokens, stopped.reason, stopped.text) == (free[0].tokens[: at + 1], "stop", text[:at])
+    cut = generate(model, PROMPTS, GREEDY, stop_text=("nowhere", text[3:5]), tokenizer=letters)[0]
+    at = text.index(text[3:5])
+    assert (cut.text, cut.reason, cut.tokens) == (text[:at], "text", free[0].tokens[: at + 2])
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        generate(model, PROMPTS, GREEDY, stop_text=("x",))
+
+
+def test_what_may_become_a_stop_string_is_held_back():
+    model, letters = build(), Letters()
+    text = generate(model, [[1, 5, 7]], DRAWN, tokenizer=letters)[0].text
+    assert len(set(text[:5])) == 5
+    shown = [w.text for w in Generator(model, DRAWN, tokenizer=letters, stop_text=(text[2:4] + "\0",)).run([[1, 5, 7]])]
+    assert shown == [text[0], text[1], "", "", text[2:5], *text[5:]]
+    cut = [w.text for w in Generator(model, DRAWN, tokenizer=letters, stop_text=(text[2:4],)).run([[1, 5, 7]])]
+    assert cut == [text[0], text[1], "", ""]
+
+
+def test_learned_positions_end():
+    model = build(positions="learned")
+    assert [len(c.tokens) for c in generate(model, [[1] * 30, [1]], SamplingConfig(max_tokens=40), draft=model)] == [2, 31]
+    with pytest.raises(ValueError, match="learned positions end at 32"):
+        generate(model, [[1] * 32], SamplingConfig())
+    with pytest.raises(ValueError, match="no token"):
+        generate(model, [[]], SamplingConfig())
+    with pytest.raises(ValueError, match="must share a tokenizer"):
+        generate(model, [[1]], SamplingConfig(), draft=build(vocab_size=40))
+
+
+def test_the_cache_holds_no_more_than_can_be_seen():
+    model = build(kv_heads=2, window=5, window_pattern="sf")
+    cache = Cache(4, 1000)
+    with torch.no_grad():
+        step = cache.prefill([300], torch.device("cpu"))
+        model(torch.ones(1, 300, dtype=torch.int64), step.positions, cache=step, max_position=1000)
+    sliding, full = cache.layers[0][0], cache.layers[1][0]
+    assert sliding.shape == (4, 5, 2, 4) and full.shape == (4, 300, 2, 4)  # 2 heads of keys, not 4; 5 tokens of window, not 1000
+    with pytest.raises(ValueError, match="1000 tokens a row is full"):
+        cache.prefill([1001], torch.device("cpu"))
+    with pytest.raises(ValueError, match="no room"):
+        cache.prefill([1] * 4, torch.device("cpu"))

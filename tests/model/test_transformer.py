@@ -5,20 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanotrain.model.cache import Cache
 from nanotrain.model.linear import Linear, deferred_weight_gradients
-from nanotrain.model.transformer import (
-    PRESETS,
-    Cache,
-    Dropout,
-    ModelConfig,
-    Transformer,
-    alibi_slopes,
-    build_model,
-    initial_value,
-    meta_model,
-    parameter_count,
-    rope_frequencies,
-)
+from nanotrain.model.positions import alibi_slopes, rope_frequencies
+from nanotrain.model.presets import PRESETS
+from nanotrain.model.transformer import Dropout, ModelConfig, Transformer, build_model, initial_value, meta_model, parameter_count
 
 BASE = dict(vocab_size=50, width=16, layers=2, heads=4, ffn_width=24, context=32)
 OPTIONS = {
@@ -33,13 +24,21 @@ OPTIONS = {
     "geglu": dict(activation="geglu"),
     "gelu_biases": dict(activation="gelu", bias=True, norm="layer"),
     "attention_bias": dict(attention_bias=True),
+    "attention_biases": dict(attention_bias=True, output_bias=True, mlp_bias=True),
+    "sandwich": dict(norm_position="sandwich", norm_offset=1.0),
+    "gemma2": dict(norm_position="sandwich", norm_offset=1.0, activation="geglu", scale_embedding=True, attention_scale=0.3, attention_softcap=2.0,
+                   logit_softcap=3.0, window=3, window_pattern="sf", head_dim=6, kv_heads=2),
     "qk_norm": dict(qk_norm=True),
     "window": dict(window=3),
+    "window_by_layer": dict(window=3, window_pattern="fs"),
+    "alibi_window_softcap": dict(positions="alibi", window=4, attention_softcap=2.0, kv_heads=2),
     "softcaps": dict(attention_softcap=2.0, logit_softcap=3.0),
     "untied": dict(tied=False),
     "linear": dict(rope_scaling="linear", rope_factor=2.0),
     "ntk": dict(rope_scaling="ntk", rope_factor=2.0),
     "yarn": dict(rope_scaling="yarn", rope_factor=4.0, rope_original_context=8),
+    "dynamic": dict(rope_scaling="dynamic", rope_factor=2.0, rope_original_context=4),
+    "longrope": dict(rope_scaling="longrope", rope_factor=4.0, rope_original_context=4, rope_short_factors=(1.0, 2.0), rope_long_factors=(2.0, 5.0)),
     "llama3": dict(rope_scaling="llama3", rope_factor=8.0, rope_original_context=16),
 }
 
@@ -58,7 +57,7 @@ def build(seed=0, **options):
 
 def logits(model, tokens, **kwargs):
     positions = kwargs.pop("positions", torch.arange(tokens.shape[1]).expand(tokens.shape))
-    return model.head.logits(model(tokens, positions, max_position=int(positions.max()) + 1, **kwargs))
+    return model.head.logits(model(tokens, positions, **(dict(max_position=int(positions.max()) + 1) | kwargs)))
 
 
 def tokens_of(B=2, T=9):
@@ -95,14 +94,32 @@ def test_nano_is_small_and_keys_given_beat_the_preset():
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_cache_equals_full_recomputation(option):
+    """Two prompts of uneven length, then one token at a time or several, for each row at its own place."""
     model, tokens = build(**OPTIONS[option]), tokens_of()
+    T = tokens.shape[1]
     whole = logits(model, tokens)
-    cache, parts, first = Cache(12), [], 0
-    for size in (3, 1, 1, 4):
-        part = tokens[:, first : first + size]
-        parts.append(logits(model, part, positions=torch.arange(first, first + size).expand(2, size), cache=cache))
-        first += size
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
+    cache = Cache(3, T, width=3)
+    with torch.no_grad():
+        step = cache.prefill([1, 4], tokens.device)
+        packed = torch.cat([tokens[0, :1], tokens[1, :4]])[None]
+        hidden = model(packed, step.positions, cache=step, max_position=T)
+        torch.testing.assert_close(model.head.logits(hidden)[0], torch.cat([whole[0, :1], whole[1, :4]]), rtol=1e-9, atol=1e-9)
+        for count in (1, 2, 1, 1):
+            starts = list(cache.lengths)
+            step = cache.decode(count, tokens.device)
+            part = torch.stack([tokens[row, start : start + count] for row, start in enumerate(starts)])
+            found = model.head.logits(model(part, step.positions, cache=step, max_position=T))
+            wanted = torch.stack([whole[row, start : start + count] for row, start in enumerate(starts)])
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+        # The first row ends: the other takes its place. Three tokens are tried, two of them taken back, and others tried.
+        cache.release(0)
+        cache.lengths[0] -= 1
+        start = cache.lengths[0]
+        cache.decode(1, tokens.device)
+        cache.lengths[0] = start
+        step = cache.decode(1, tokens.device)
+        found = model.head.logits(model(tokens[1:, start : start + 1], step.positions, cache=step, max_position=T))
+        torch.testing.assert_close(found, whole[1:, start : start + 1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -111,7 +128,7 @@ def test_packed_documents_equal_each_alone_and_never_see_each_other(option):
     lengths = [5, 1, 6]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     packed = logits(model, tokens, positions=positions, cu_seqlens=torch.tensor([0, 5, 6, 12], dtype=torch.int32))
-    alone = torch.cat([logits(model, part) for part in tokens.split(lengths, 1)], 1)
+    alone = torch.cat([logits(model, part, max_position=6) for part in tokens.split(lengths, 1)], 1)
     torch.testing.assert_close(packed, alone, rtol=1e-9, atol=1e-9)
     # The gradient of one document's outputs to the embeddings of the others is zero exactly.
     x = model.embed.weight[tokens].detach().requires_grad_()
@@ -210,8 +227,10 @@ def test_a_shard_of_heads_runs_by_its_weights_shapes():
             layer = getattr(shard, name)
             layer.weight = torch.nn.Parameter(layer.weight.chunk(2)[rank])
         shard.o_proj.weight = torch.nn.Parameter(shard.o_proj.weight.chunk(2, 1)[rank])
-        cache = Cache(9)
-        total = total + shard(x, positions, None, cache=cache)
+        cache = Cache(2, 9)
+        step = cache.prefill([9, 9], x.device)
+        packed = shard(x.flatten(0, 1)[None], step.positions, None, cache=step)
+        total = total + packed.view(2, 9, -1)
         assert cache.layers[0][0].shape == (2, 9, 1, 4)
     torch.testing.assert_close(total, want)
 

@@ -131,6 +131,35 @@ def test_a_run_leaves_everything_behind(finished, data):
     assert (finished / "tokenizer.model").read_bytes() == (data / "tokenizer.model").read_bytes()
     measured = events(finished, "memory")[0]
     assert measured["measured_bytes"] > 0 < measured["planned_bytes"]
+    (sample,) = events(finished, "sample")
+    assert sample["step"] == 40 and sample["prompt"] == "def " and sample["text"].startswith("def ") and f"sample: {sample['text']!r}\n" in log
+
+
+def test_a_run_says_what_it_starts_from(finished, data):
+    (start,) = events(finished, "start")
+    index = json.loads((data / "index.json").read_text())
+    totals = index["facts"]["totals"]
+    for key, value in dict(
+        step=0, preset="nano", dtype="float32", device="cpu", budget={"steps": 60}, vocab_size=512, source=index["facts"],
+        tokenizer_sha256=index["tokenizer_sha256"], data_sha256=index["data_sha256"], train_tokens=totals["train"]["tokens"],
+        val_tokens=totals["val"]["tokens"], val_documents=totals["val"]["documents"], val_bytes=totals["val"]["bytes"],
+    ).items():  # fmt: skip
+        assert start[key] == value, key
+    plan = start["plan"]
+    assert plan["total"] == sum(plan[k] for k in ("parameters", "gradients", "optimizer", "activations", "workspace")) < plan["available"]
+    assert plan["parameters"] == 4 * start["parameters"] and start["train_rows"] > 1000
+    assert plan["total"] == events(finished, "memory")[0]["planned_bytes"]
+
+
+@pytest.mark.parametrize("extra", [(), ("--train.dtype=bfloat16",)], ids=["float32", "bfloat16"])
+def test_update_ratios_are_measured_and_change_no_bit(data, tmp_path, extra):
+    for every in (0, 1, 3):
+        assert main(flags(data, tmp_path / str(every), "--train.steps=7", f"--train.ratios_every={every}", *extra)) == 0
+    measured = {every: {r["step"]: r["update_ratio"] for r in rows_of(tmp_path / str(every), "update_ratio")} for every in (0, 1, 3)}
+    assert [list(measured[every]) for every in (0, 1, 3)] == [[], [1, 2, 3, 4, 5, 6, 7], [1, 3, 6]]
+    assert all(measured[3][step] == measured[1][step] for step in (1, 3, 6))
+    assert all(1e-6 < r < 1 for r in measured[1][4].values() if r is not None) and "blocks.0.attention.q_proj.weight" in measured[1][4]
+    assert len({final_state(tmp_path / str(every)) for every in (0, 1, 3)}) == 1
 
 
 def test_its_config_reruns_it_exactly(finished, tmp_path):
@@ -281,9 +310,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_written_down(data, tmp_path, m
         return original(model, optimizer, batches, factor, seed)
 
     monkeypatch.setattr(pretrain, "step", step)
-    assert main(flags(data, tmp_path / "r", "--train.steps=10")) == 0
+    assert main(flags(data, tmp_path / "r", "--train.steps=10", "--train.ratios_every=5")) == 0
     rows = rows_of(tmp_path / "r", "skipped")
-    assert [r["step"] for r in rows if r["skipped"]] == [5] and len(events(tmp_path / "r", "skipped")) == 1
+    (skipped,) = [r for r in rows if r["skipped"]]
+    assert skipped["step"] == 5 and set(skipped["update_ratio"].values()) == {0.0} and len(events(tmp_path / "r", "skipped")) == 1
     state = checkpoint.load_state(tmp_path / "r/checkpoints/step-00000010")
     assert state["cursor"] == 20  # the data moved on
     with checkpoint._open(tmp_path / "r/checkpoints/step-00000010/optimizer.safetensors") as file:
@@ -467,6 +497,8 @@ def test_out_of_memory_names_the_next_rung(data, tmp_path, monkeypatch, capsys, 
         (("--train.steps=1", "--train.early_stop=2"), "--train.early_stop 2: counts validations"),
         (("--train.steps=1", "--checkpoint.keep=0"), "--checkpoint.keep 0"),
         (("--train.steps=1", "--train.spike_sigma=-1"), "--train.spike_sigma -1"),
+        (("--train.steps=1", "--train.ratios_every=-1"), "--train.ratios_every -1: must be at least 0"),
+        (("--train.steps=1", "--log.wandbs=p"), "--log.wandbs: unknown key; did you mean --log.wandb?"),
         (("--train.steps=1", "--model.positions=learned", "--model.context=8"), "--train.length 32"),
     ],
 )
