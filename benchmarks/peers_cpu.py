@@ -39,10 +39,10 @@ OPTIM = OptimConfig(name="adamw", lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weig
 
 THREADS = 2
 
-FIRST = {torch.float32: 1e-6, torch.bfloat16: 5e-4}
+FIRST = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
 """How far the first losses may lie apart, relative to the largest."""
 
-LAST = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
+LAST = {torch.float32: 1e-5, torch.bfloat16: 5e-4}
 """How far those of the last step may: rounding differs, and AdamW's first steps amplify it."""
 
 
@@ -263,8 +263,8 @@ def shares(events, seconds: float) -> dict[str, float]:
     spent = dict.fromkeys(GROUPS, 0.0)
     for event in events:
         group = scope(event)
-        if not event.name.startswith("aten::"):
-            group = REST  # time of ours, of autograd or of a function in Python between the operations
+        if event.name.startswith(("group:", "autograd::")) and group != OPTIMIZER:
+            group = REST  # of modules in Python and of autograd between the operations
         elif event.name == "aten::copy_" and group != OPTIMIZER:
             group = CASTS
         spent[group] += event.self_cpu_time_total * 1e-6

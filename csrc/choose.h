@@ -52,6 +52,7 @@ inline int64_t invert(const std::vector<float>& p, double uniform) {
         for (size_t i = v; i < v + BLOCK; i += LANES) part += wide(&p[i]);
         ends.push_back(total += sum(part));
     }
+    if (!(total > 0)) return 0;  // logits that are no numbers
     double target = std::min(uniform * total, std::nextafter(total, 0.0));
     int64_t block = std::upper_bound(ends.begin(), ends.end(), target) - ends.begin(), last = -1;
     double reached = block ? ends[block - 1] : 0;
@@ -95,7 +96,6 @@ inline void choose(const Choice& c, const float* z, int64_t V, int64_t n) {
         if (c.min_p > 0)
             for (float& x : p) x = x >= c.min_p ? x : 0;  // the largest is 1
         token = invert(p, c.uniforms[n]);
-        if (token < 0) token = 0;  // logits that are not numbers
     }
     c.tokens[n] = token;
     c.logprobs[n] = (double)(z[token] - peak) - std::log(powers(z, V, peak, 1, nullptr));

@@ -288,10 +288,14 @@ template <class W> class Run {
         float* p = scores + Team::number() * room(s.longest);
         const W* query = q + (n * m.H + h) * D;
         int64_t cell = first % S;
-        for (int64_t j = 0; j < count; j += 4) {
-            const W* rows[4];
-            for (int64_t i = 0; i < 4; i++) {
+        for (int64_t j = 0; j < count; j += LANES) {
+            const W* rows[LANES];
+            for (int64_t i = 0; i < LANES; i++) {
                 rows[i] = keys + cell * stride;
+                for (int64_t d = 0; d < D; d += 64 / sizeof(W)) {  // a head's share of a cell is too short for the processor to foresee the next
+                    __builtin_prefetch(rows[i] + LANES * stride + d);
+                    __builtin_prefetch(values + cell * stride + d);
+                }
                 if (j + i + 1 < count && ++cell == S) cell = 0;
             }
             dots<W, 1>(rows, query, 0, D, p + j, 0);
@@ -324,10 +328,10 @@ template <class W> class Run {
     template <int J> void average(const W* values, int64_t stride, int64_t cell, int64_t S, int64_t count, const float* p, float inverse,
                                   int64_t n, int64_t i, int64_t channels) {
         vec acc[J] = {};
-        for (int64_t j = 0; j < count; j++) {
+        for (int64_t j = 0; j < count; cell = 0) {  // up to the last cell of a ring, then from its first
             const W* row = values + cell * stride;
-            for (int a = 0; a < J; a++) acc[a] += p[j] * (J > 1 ? wide(row + a * LANES) : load(row, channels));
-            if (++cell == S) cell = 0;
+            for (int64_t end = std::min(count, j + S - cell); j < end; j++, row += stride)
+                for (int a = 0; a < J; a++) acc[a] += p[j] * (J > 1 ? wide(row + a * LANES) : load(row, channels));
         }
         for (int a = 0; a < J; a++) attended.put(n, i + a * LANES, acc[a] * inverse, channels - a * LANES);
     }
@@ -384,8 +388,8 @@ template <class W> void run(const Model& m, const Step& s) {
 
 extern "C" {
 
-// Sizes of Layer, Model and Step [bytes], for the caller to compare with its own.
-void decode_layout(int64_t sizes[3]) { sizes[0] = sizeof(Layer), sizes[1] = sizeof(Model), sizes[2] = sizeof(Step); }
+// Sizes of Layer, Model, Choice and Step [bytes], for a test to compare with its own.
+void decode_layout(int64_t sizes[4]) { sizes[0] = sizeof(Layer), sizes[1] = sizeof(Model), sizes[2] = sizeof(Choice), sizes[3] = sizeof(Step); }
 
 // Whether this process may use the processor's matrix tiles; asks Linux for them.
 int decode_tiles() {
@@ -401,5 +405,11 @@ int64_t decode_scratch(const Model* m, int64_t N, int64_t longest, int64_t threa
     return m->bfloat16 ? Run<bf16>::bytes(*m, N, longest, threads) : Run<float>::bytes(*m, N, longest, threads);
 }
 
-void decode_step(const Model* m, const Step* s) { m->bfloat16 ? run<bf16>(*m, *s) : run<float>(*m, *s); }
+// -1, or the place of a token that is not in the vocabulary; nothing is done then.
+int64_t decode_step(const Model* m, const Step* s) {
+    for (int64_t n = 0; n < s->N; n++)
+        if (s->tokens[n] < 0 || s->tokens[n] >= m->V) return n;
+    m->bfloat16 ? run<bf16>(*m, *s) : run<float>(*m, *s);
+    return -1;
+}
 }

@@ -12,7 +12,6 @@
 
 namespace {
 
-constexpr int TOGETHER = LANES == 16 ? 4 : 2;  // tokens that share each weight loaded: as many as there are registers for
 template <class W> constexpr int STRIDE = LANES;  // channels of one multiplication
 template <> constexpr int STRIDE<bf16> = 2 * LANES;
 
@@ -27,26 +26,25 @@ inline vec multiply(vec sum, const bf16* w, const bf16* x) {
 #endif
 }
 
-// y[r * y_stride + 0..3] = the four rows of weights w, each times row r of x.
-template <class W, int R> inline void dots(const W* const w[4], const W* x, int64_t x_stride, int64_t I, float* y, int64_t y_stride) {
-    vec acc[R][4] = {};
+// y[r * y_stride + o] = row o of weights times row r of x, for R rows of x and LANES / R of weights: as many sums as a vector holds.
+template <class W, int R> inline void dots(const W* const* w, const W* x, int64_t x_stride, int64_t I, float* y, int64_t y_stride) {
+    constexpr int O = LANES / R;
+    vec acc[LANES] = {};
     int64_t i = 0;
     for (; i + STRIDE<W> <= I; i += STRIDE<W>)
         for (int r = 0; r < R; r++)
-            for (int o = 0; o < 4; o++) acc[r][o] = multiply(acc[r][o], w[o] + i, x + r * x_stride + i);
-    if (i < I)
-        for (int r = 0; r < R; r++) {
-            W end[5][STRIDE<W>] = {};
-            memcpy(end[4], x + r * x_stride + i, (I - i) * sizeof(W));
-            for (int o = 0; o < 4; o++) {
-                memcpy(end[o], w[o] + i, (I - i) * sizeof(W));
-                acc[r][o] = multiply(acc[r][o], end[o], end[4]);
-            }
+            for (int o = 0; o < O; o++) acc[r * O + o] = multiply(acc[r * O + o], w[o] + i, x + r * x_stride + i);
+    if (i < I) {
+        W ends[R][STRIDE<W>] = {}, end[STRIDE<W>] = {};
+        for (int r = 0; r < R; r++) memcpy(ends[r], x + r * x_stride + i, (I - i) * sizeof(W));
+        for (int o = 0; o < O; o++) {
+            memcpy(end, w[o] + i, (I - i) * sizeof(W));
+            for (int r = 0; r < R; r++) acc[r * O + o] = multiply(acc[r * O + o], end, ends[r]);
         }
-    for (int r = 0; r < R; r++) {
-        four s = sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-        memcpy(y + r * y_stride, &s, sizeof s);
     }
+    float found[LANES];
+    narrow(found, sums(acc));
+    for (int r = 0; r < R; r++) memcpy(y + r * y_stride, found + r * O, sizeof(float) * O);
 }
 
 constexpr int ROWS = 16, OUTS = 64;  // of a tile: what one thread makes at a time
@@ -142,12 +140,13 @@ template <class W> void tile(const Rows<W>& x, int64_t n, int64_t rows, const W*
             return turn(sums, rows, outs, y);
         }
 #endif
-    for (int64_t o = 0; o < outs; o += 4) {
-        const W* four_rows[4];
-        for (int64_t j = 0; j < 4; j++) four_rows[j] = w + std::min(o + j, outs - 1) * x.I;
+    for (int64_t o = 0; o < outs; o += LANES) {
+        const W* some[LANES];
+        for (int64_t j = 0; j < LANES; j++) some[j] = w + std::min(o + j, outs - 1) * x.I;
         int64_t r = 0;
-        for (; r + TOGETHER <= rows; r += TOGETHER) dots<W, TOGETHER>(four_rows, x.data + (n + r) * x.I, x.I, x.I, y[r] + o, OUTS);
-        for (; r < rows; r++) dots<W, 1>(four_rows, x.data + (n + r) * x.I, x.I, x.I, y[r] + o, OUTS);
+        for (; r + 4 <= rows; r += 4)  // tokens that share each weight loaded
+            for (int64_t j = 0; j < LANES; j += LANES / 4) dots<W, 4>(some + j, x.data + (n + r) * x.I, x.I, x.I, y[r] + o + j, OUTS);
+        for (; r < rows; r++) dots<W, 1>(some, x.data + (n + r) * x.I, x.I, x.I, y[r] + o, OUTS);
     }
 }
 

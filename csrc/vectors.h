@@ -20,7 +20,6 @@ constexpr int LANES = 8;
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef float four __attribute__((vector_size(16)));
 
 template <class T> inline T from(const void* p) { T v; memcpy(&v, p, sizeof v); return v; }
 inline vec all(float x) { return x - vec{}; }
@@ -51,25 +50,40 @@ template <class W> inline void store(W* p, vec v, int64_t n) {
 template <class W> inline vec rounded(vec v) { W part[LANES]; narrow(part, v); return wide(part); }
 
 #if defined(__clang__) || __GNUC__ >= 12
-template <int FIRST> inline four quarter(vec v) { return __builtin_shufflevector(v, v, FIRST, FIRST + 1, FIRST + 2, FIRST + 3); }
-template <int A, int B, int C, int D> inline four mix(four a, four b) { return __builtin_shufflevector(a, b, A, B, C, D); }
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-template <int FIRST> inline four quarter(vec v) { return four{v[FIRST], v[FIRST + 1], v[FIRST + 2], v[FIRST + 3]}; }
-template <int A, int B, int C, int D> inline four mix(four a, four b) {
-    auto at = [&](int i) { return i < 4 ? a[i] : b[i - 4]; };
-    return four{at(A), at(B), at(C), at(D)};
-}
+#define MIX(a, b, ...) __builtin_shuffle(a, b, bits{__VA_ARGS__})
 #endif
-inline four fold(vec v) {
-    if constexpr (LANES == 16) return (quarter<0>(v) + quarter<8>(v)) + (quarter<4>(v) + quarter<12>(v));
-    else return quarter<0>(v) + quarter<4>(v);
+
+// The sums of LANES vectors side by side. Each is summed in the same order: halves onto each other, and again.
+inline vec sums(vec v[LANES]) {
+#ifdef __AVX512F__
+    for (int i = 0; i < 8; i++)
+        v[i] = MIX(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               MIX(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; i++)
+        v[i] = MIX(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               MIX(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    for (int i = 0; i < 2; i++)
+        v[i] = MIX(v[2 * i], v[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+               MIX(v[2 * i], v[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    return MIX(v[0], v[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           MIX(v[0], v[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    for (int i = 0; i < 4; i++)
+        v[i] = MIX(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11) + MIX(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+    for (int i = 0; i < 2; i++)
+        v[i] = MIX(v[2 * i], v[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13) + MIX(v[2 * i], v[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15);
+    return MIX(v[0], v[1], 0, 2, 4, 6, 8, 10, 12, 14) + MIX(v[0], v[1], 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
 }
-inline four sums(vec a, vec b, vec c, vec d) {  // of four vectors at once, each in the same order
-    four p = fold(a), q = fold(b), r = fold(c), s = fold(d);
-    four pq = mix<0, 4, 1, 5>(p, q) + mix<2, 6, 3, 7>(p, q), rs = mix<0, 4, 1, 5>(r, s) + mix<2, 6, 3, 7>(r, s);
-    return mix<0, 1, 4, 5>(pq, rs) + mix<2, 3, 6, 7>(pq, rs);
+inline float sum(vec v) {
+    float part[LANES];
+    narrow(part, v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] += part[i + half];
+    return part[0];
 }
-inline float sum(vec a) { return sums(a, a, a, a)[0]; }
 inline float largest(vec a) { float m = a[0]; for (int i = 1; i < LANES; i++) m = std::max(m, a[i]); return m; }
 
 inline vec exp(vec x) {  // to 1e-7 of its value; 0 below the smallest normal number

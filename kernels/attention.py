@@ -22,6 +22,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from nanotrain.kernels.cpu import call
 from nanotrain.kernels.random import philox
 from nanotrain.kernels.runtime import choose, compute_dtype
 from torch.autograd.function import once_differentiable
@@ -41,54 +42,84 @@ _GRAIN = 64
 
 
 class _Causal(torch.autograd.Function):
-    """Causal self-attention (or, not `causal`, full attention) of q, k, v (B, H, T | S, D) that keeps its probabilities.
+    """Causal self-attention (or, not `causal`, full attention) of q, k, v (H, B, T | S, D) that keeps its probabilities.
 
     For short rows on a CPU, where the backward of torch's fused operator spends most of its time on tiny tiles. Both products
     whose results meet an exponential or a difference, q k^T and grad v^T, run in fp32: rounded scores would be wrong by far more than
     rounded probabilities, and large fp16 scores overflow. The other products run in the inputs' dtype with fp32 accumulation; the
-    gradients of keys and values are then summed over blocks in fp32.
+    gradients of keys and values are then summed over blocks in fp32. Results lie in memory as (B, T, H, D), in which projections take them.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, scale, causal):
-        B, H, T, _ = q.shape
-        S = k.shape[2]
+    def forward(ctx, q, k, v, scale, causal, native):
+        H, B, T, D = q.shape
         wide = compute_dtype(q)
-        q, k, v = (x.reshape(B * H, x.shape[2], x.shape[3]) for x in (q, k, v))
-        q_scaled, k_wide = q.to(wide) * scale, k.to(wide)
-        out = torch.empty_like(q)
+        q, k, v = (x.reshape(H * B, *x.shape[2:]) for x in (q, k, v))
+        q_wide, k_wide = q.to(wide), k.to(wide)
+        out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device).permute(2, 0, 1, 3)
         parts = []
-        for first, last, seen in _Causal.blocks(T, S, causal):
-            scores = torch.bmm(q_scaled[:, first:last], k_wide[:, :seen].mT)
-            if causal:
-                scores[:, :, first:].masked_fill_(torch.ones(last - first, last - first, dtype=torch.bool, device=q.device).triu_(1), -math.inf)
-            p = torch.softmax(scores, -1).to(q.dtype)
-            out[:, first:last] = torch.bmm(p, v[:, :seen])
+        for first, last, seen in _Causal.blocks(T, k.shape[1], causal):
+            p = _softmax(torch.bmm(q_wide[:, first:last], k_wide[:, :seen].mT), scale, first if causal else None, q.dtype, native)
+            out[:, :, first:last] = torch.bmm(p, v[:, :seen]).view(H, B, last - first, D)
             parts.append(p)
         ctx.save_for_backward(q, k, v, *parts)
-        ctx.scale, ctx.causal, ctx.shape = scale, causal, (B, H)
-        return out.view(B, H, T, -1)
+        ctx.scale, ctx.causal, ctx.native = scale, causal, native
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         q, k, v, *parts = ctx.saved_tensors
+        (H, B, T, D), S, wide = grad.shape, k.shape[1], compute_dtype(q)
         grad = grad.reshape(q.shape)
-        wide = compute_dtype(q)
-        grad_scaled, v_wide = grad.to(wide) * ctx.scale, v.to(wide)
-        grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
-        for (first, last, seen), p in zip(_Causal.blocks(q.shape[1], k.shape[1], ctx.causal), parts, strict=True):
-            grad_v[:, :seen] += torch.bmm(p.mT, grad[:, first:last])
-            grad_p = torch.bmm(grad_scaled[:, first:last], v_wide[:, :seen].mT)
-            grad_s = torch._softmax_backward_data(grad_p, p.to(wide), -1, wide).to(q.dtype)
+        grad_wide, v_wide = grad.to(wide), v.to(wide)
+        grad_q, grad_k, grad_v = torch.empty_like(q), None, None
+        # From the last block, which sees every key, so that its products begin the sums.
+        for (first, last, seen), p in reversed(list(zip(_Causal.blocks(T, S, ctx.causal), parts, strict=True))):
+            grad_v = _add_product(grad_v, p.mT, grad[:, first:last])
+            grad_p = torch.bmm(grad_wide[:, first:last], v_wide[:, :seen].mT)
+            grad_s = _softmax_backward(grad_p, p, ctx.scale, ctx.native)
             grad_q[:, first:last] = torch.bmm(grad_s, k[:, :seen])
-            grad_k[:, :seen] += torch.bmm(grad_s.mT, q[:, first:last])
-        return *(g.to(q.dtype).view(*ctx.shape, *g.shape[1:]) for g in (grad_q, grad_k, grad_v)), None, None
+            grad_k = _add_product(grad_k, grad_s.mT, q[:, first:last])
+        # The projection of values takes its gradient as (B, S, H, D) in memory; the rotation of queries and keys takes any.
+        laid = torch.empty(B, S, H, D, dtype=q.dtype, device=q.device).permute(2, 0, 1, 3).copy_(grad_v.view(H, B, S, D))
+        return grad_q.view(H, B, T, D), grad_k.to(q.dtype).view(H, B, S, D), laid, None, None, None
 
     @staticmethod
     def blocks(T, S, causal):
         """(first query, last query, keys seen) of each block."""
         return [(i, min(T, i + _QUERIES), min(T, i + _QUERIES)) for i in range(0, T, _QUERIES)] if causal else [(0, T, S)]
+
+
+def _softmax(scores, scale, first, dtype, native):
+    """Probabilities (G, t, s) in `dtype` of scores, which are overwritten. Query i sees keys up to first + i, every key where first is None."""
+    if native:
+        p = scores if scores.dtype == dtype else torch.empty(scores.shape, dtype=dtype, device=scores.device)
+        call("softmax", dtype, scores, p, *scores.shape, -1 if first is None else first, scale)
+        return p
+    scores.mul_(scale)
+    if first is not None:
+        t = scores.shape[1]
+        scores[:, :, first:].masked_fill_(torch.ones(t, t, dtype=torch.bool, device=scores.device).triu_(1), -math.inf)
+    return torch.softmax(scores, -1).to(dtype)
+
+
+def _softmax_backward(grad_p, p, scale, native):
+    """Gradient of the scores, in p's dtype; grad_p is overwritten."""
+    if native:
+        grad_s = grad_p if p.dtype == grad_p.dtype else torch.empty_like(p)
+        call("softmax_back", p.dtype, grad_p, p, grad_s, p.shape[0] * p.shape[1], p.shape[2], scale)
+        return grad_s
+    return torch._softmax_backward_data(grad_p, p.to(grad_p.dtype), -1, grad_p.dtype).mul_(scale).to(p.dtype)
+
+
+def _add_product(total, a, b):
+    """total, in fp32 at least, with a b added to its first rows; None is the start of a sum."""
+    product = torch.bmm(a, b)
+    if total is None:
+        return product.to(compute_dtype(product))
+    total[:, : product.shape[1]] += product
+    return total
 
 
 def _block(q, k, v, sinks, bias, q_first, k_first, head_start, causal, window, softcap, scale, slopes, prefix, dropout_p, seed):
@@ -136,9 +167,9 @@ def _bias_part(bias, rows, columns):
 
 
 def _dense(
-    q, k, v, *, causal, window, softcap, scale, sinks, alibi_slopes, bias, prefix_len, q_start, k_start, head_start, dropout_p, seed, return_lse
+    q, k, v, *, causal, window, softcap, scale, sinks, alibi_slopes, bias, prefix_len, q_start, k_start, head_start, dropout_p, seed, return_lse, impl
 ):
-    """Attention over a rectangular batch: torch's fused kernel where it can say it, else blocks of queries."""
+    """Attention over a rectangular batch: `_Causal` or torch's fused kernel where they can say it, else blocks of queries."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     q_start = k_start + S - T if q_start is None else q_start
@@ -146,15 +177,18 @@ def _dense(
         window = None  # it hides nothing here
     extras = (window, softcap, sinks, alibi_slopes, bias, prefix_len)
     sees_all = not causal or (T == 1 and q_start - k_start >= S - 1)
-    if all(e is None for e in extras) and not dropout_p and not return_lse and v.shape[-1] == D and T and S:
-        if sees_all or (q_start == k_start and T == S):
-            heads = [x.transpose(1, 2) for x in (q, k, v)]
-            if H != K:
-                heads[1:] = [x.repeat_interleave(H // K, 1) for x in heads[1:]]
-            if q.device.type == "cpu" and B * H * T * S <= _SCORES:
-                return _Causal.apply(*heads, scale, not sees_all).transpose(1, 2), None
-            out = F.scaled_dot_product_attention(*heads, is_causal=not sees_all, scale=scale)
-            return out.transpose(1, 2), None
+    plain = all(e is None for e in extras) and not dropout_p and not return_lse and v.shape[-1] == D and T and S
+    plain = plain and (sees_all or (q_start == k_start and T == S))
+    short = plain and q.device.type == "cpu" and B * H * T * S <= _SCORES
+    native = choose("flash_attention", impl, q, k, v, native=short and scale > 0) == "native"
+    if plain:
+        order = (2, 0, 1, 3) if short else (0, 2, 1, 3)
+        heads = [x.permute(order) for x in (q, k, v)]
+        if H != K:
+            heads[1:] = [x.repeat_interleave(H // K, order.index(2)) for x in heads[1:]]
+        if short:
+            return _Causal.apply(*heads, scale, not sees_all, native).permute(1, 2, 0, 3), None
+        return F.scaled_dot_product_attention(*heads, is_causal=not sees_all, scale=scale).transpose(1, 2), None
     dtype = compute_dtype(q)
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
     k, v = (x.repeat_interleave(H // K, 1) if H != K else x for x in (k, v))
@@ -234,13 +268,13 @@ def _lengths(name, offsets, total):
 
 def flash_attention_reference(
     q_BTHD, k_BSKD, v_BSKD, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
-    cu_seqlens=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False,
+    cu_seqlens=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False, impl="reference",
 ):  # fmt: skip
-    """Attention in plain PyTorch; packed documents of equal length share a batch."""
+    """Attention in plain PyTorch; packed documents of equal length share a batch. Another `impl` has C++ make the softmax where it can."""
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
     bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
     common = dict(causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, q_start=q_start, k_start=k_start,
-                  head_start=head_start, dropout_p=dropout_p, return_lse=return_lse)  # fmt: skip
+                  head_start=head_start, dropout_p=dropout_p, return_lse=return_lse, impl=impl)  # fmt: skip
     if cu_seqlens is None:
         out, lse = _dense(q_BTHD, k_BSKD, v_BSKD, alibi_slopes=alibi_slopes, bias=bias, prefix_len=prefix_len, seed=seed, **common)
     else:
@@ -252,6 +286,13 @@ def flash_attention_reference(
         longest = (max(lengths_q), max(lengths_k))
         if bias is not None and any(1 != n < length for n, length in zip(bias.shape[-2:], longest, strict=True)):
             raise ValueError(f"flash_attention: bias {tuple(bias.shape)} does not reach the longest document, {longest[0]} x {longest[1]}")
+        if len({*zip(lengths_q, lengths_k, strict=True)}) == 1 and all(longest):  # they lie as a batch does
+            n, (t, s) = len(lengths_q), longest
+            own_bias = None if bias is None else _bias_part(bias, slice(t), slice(s))
+            own = (x.reshape(n, -1, *x.shape[2:]) for x in (q_BTHD, k_BSKD, v_BSKD))
+            out, lse = _dense(*own, alibi_slopes=alibi_slopes, bias=own_bias, prefix_len=prefix_len, seed=seed, **common)
+            out = out.reshape(1, n * t, *out.shape[2:]).to(q_BTHD.dtype)
+            return (out, lse.transpose(0, 1).reshape(1, -1, n * t)) if return_lse else out
         # Under a causal mask a document may be padded at its end: no query of its own sees that. Few lengths make few, full batches.
         grain = _GRAIN if causal and cu_seqlens_k is None and q_start is None and prefix_len is None and bias is None else 1
         groups: dict[tuple[int, int], list[int]] = {}
@@ -344,11 +385,11 @@ def flash_attention(
     limits = (S, T, H, B) if cu_seqlens is None else (None, None, H, B)
     if bias is not None and (bias.dim() > 4 or any(n not in (1, limit or n) for n, limit in zip(bias.shape[::-1], limits, strict=False))):
         raise ValueError(f"flash_attention: bias {tuple(bias.shape)} does not broadcast to {(B, H, T, S)}")
-    choose("flash_attention", impl, q_BTHD, k_BSKD, v_BSKD)
+    choose("flash_attention", impl, q_BTHD, k_BSKD, v_BSKD, native=True)
     return flash_attention_reference(
         q_BTHD, k_BSKD, v_BSKD, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, alibi_slopes=alibi_slopes,
         bias=bias, prefix_len=prefix_len, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, q_start=q_start, k_start=k_start,
-        head_start=head_start, dropout_p=dropout_p, seed=seed, return_lse=return_lse,
+        head_start=head_start, dropout_p=dropout_p, seed=seed, return_lse=return_lse, impl=impl,
     )  # fmt: skip
 
 

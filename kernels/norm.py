@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from nanotrain.kernels.cpu import call, dense
 from nanotrain.kernels.runtime import choose, compute_dtype
+from torch.autograd.function import once_differentiable
 
 EXAMPLES = ((8, 64), (3, 80), (1, 16), (5, 257))
 """Shapes (rows, C) that tests and benchmarks share."""
@@ -59,6 +61,31 @@ def layer_norm_reference(x, weight, bias=None, eps=1e-5, *, residual=None):
     return normed if residual is None else (normed, x)
 
 
+class _Native(torch.autograd.Function):
+    """RMSNorm, the residual added first, in one pass over memory each way; returns (normed, sum), or normed where there is no residual."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset, residual):
+        x, weight, residual = dense(x), dense(weight), dense(residual)
+        rows, width = x.shape[:-1].numel(), x.shape[-1]
+        total = None if residual is None else torch.empty_like(x)
+        normed, inverse = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+        call("norm", x.dtype, x, residual, weight, total, normed, inverse, rows, width, eps, offset)
+        ctx.save_for_backward(x if total is None else total, weight, inverse)
+        ctx.offset = offset
+        return normed if total is None else (normed, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_total=None):
+        x, weight, inverse = ctx.saved_tensors
+        rows, width = len(inverse), x.shape[-1]
+        parts = min(64, 1 + rows // 16)  # of the sum for the weight: of the rows alone, so that threads do not change its bits
+        grad_x, grad_weight, sums = torch.empty_like(x), torch.empty_like(weight), torch.empty(parts, width, dtype=torch.float32, device=x.device)
+        call("norm_back", x.dtype, dense(grad), dense(grad_total), x, weight, inverse, grad_x, grad_weight, sums, parts, rows, width, ctx.offset)
+        return grad_x, grad_weight, None, None, None if grad_total is None else grad_x
+
+
 def _check(op, x, weight, bias, residual):
     if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"{op}: weight {tuple(weight.shape)} does not match the last dimension of x {tuple(x.shape)}")
@@ -75,7 +102,9 @@ def rms_norm(x, weight, eps=1e-6, *, residual=None, offset=0.0, impl="auto"):
     tensors. Raises ValueError for shapes that do not match.
     """
     _check("rms_norm", x, weight, None, residual)
-    choose("rms_norm", impl, x, weight)
+    tensors = (x, weight) if residual is None else (x, weight, residual)
+    if choose("rms_norm", impl, *tensors, native=x.dtype == weight.dtype and x.is_floating_point()) == "native":
+        return _Native.apply(x, weight, eps, offset, residual)
     return rms_norm_reference(x, weight, eps, residual=residual, offset=offset)
 
 

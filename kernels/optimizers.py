@@ -11,6 +11,7 @@ Source: Loshchilov and Hutter 2019 (arXiv 1711.05101).
 from __future__ import annotations
 
 import torch
+from nanotrain.kernels.cpu import call, dense
 from nanotrain.kernels.random import stochastic_round
 from nanotrain.kernels.runtime import choose, compute_dtype
 
@@ -48,6 +49,23 @@ def adamw_reference(
         p.copy_(rounded if found is None or masters is not None else torch.where(found.bool(), p, rounded.to(p.dtype)))
 
 
+def _native(params, grads, exp_avgs, exp_avg_sqs, *, lr, betas, eps, weight_decay, step, grad_scale, found_nonfinite, masters):
+    if found_nonfinite is not None and bool(found_nonfinite):
+        return
+    (beta1, beta2), step = betas, float(step)
+    rate, unbias = float(lr) / (1 - beta1**step), (1 - beta2**step) ** -0.5
+    numbers = (1.0 if grad_scale is None else float(grad_scale), beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - float(lr) * weight_decay, rate, unbias)
+    for p, w, g, m, v in zip(params, masters or params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        call("adamw" if g.dtype == p.dtype else "adamw_wide", p.dtype, p, w, dense(g), m, v, p.numel(), *numbers)
+
+
+def _has_native(params, grads, written, masters):
+    """Whether one pass can make the step: all that is written lies in memory in order, fp32 but for params that have masters."""
+    wide = all(t.dtype == torch.float32 for t in written) and (masters is not None or all(p.dtype == torch.float32 for p in params))
+    gradients = all(g.dtype in (p.dtype, torch.float32) for p, g in zip(params, grads, strict=True))
+    return wide and gradients and all(t.is_contiguous() for t in (*params, *written))
+
+
 def adamw_(
     params, grads, exp_avgs, exp_avg_sqs, *, lr, betas, eps, weight_decay, step, grad_scale=None, found_nonfinite=None, masters=None, seed=None,
     counter_starts=None, impl="auto",
@@ -75,7 +93,10 @@ def adamw_(
             raise ValueError("adamw_: low-precision params need masters, or (bf16 only) seed and counter_starts")
         if len(counter_starts) != len(params):
             raise ValueError(f"adamw_: {len(counter_starts)} counter_starts for {len(params)} params")
-    choose("adamw_", impl, *params, *(tensor for tensors in lists.values() for tensor in tensors))
+    native = _has_native(params, grads, (*exp_avgs, *exp_avg_sqs, *(masters or ())), masters)
+    if choose("adamw_", impl, *params, *(tensor for tensors in lists.values() for tensor in tensors), native=native) == "native":
+        return _native(params, grads, exp_avgs, exp_avg_sqs, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step,
+                       grad_scale=grad_scale, found_nonfinite=found_nonfinite, masters=masters)  # fmt: skip
     adamw_reference(
         params, grads, exp_avgs, exp_avg_sqs, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale,
         found_nonfinite=found_nonfinite, masters=masters, seed=seed, counter_starts=counter_starts,

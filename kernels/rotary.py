@@ -11,43 +11,74 @@ Source: Su et al. 2021 (arXiv 2104.09864). Frequency scaling is done by the call
 from __future__ import annotations
 
 import torch
+from nanotrain.kernels.cpu import call, dense
 from nanotrain.kernels.runtime import choose, compute_dtype
+from torch.autograd.function import once_differentiable
 
 EXAMPLES = ((2, 7, 4, 2, 16), (1, 33, 6, 6, 80))
 """Shapes (B, T, H, K, D) that tests and benchmarks share."""
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotation of x (B, T, H, D) by angles; its gradient is the upstream one rotated back, where autograd would pad and add halves."""
+    """Rotation of q and k by angles; their gradient is the upstream one rotated back, where autograd would pad and add halves.
+
+    For the backward it keeps the tables, which all layers share, and not the angles of each token.
+    """
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+    def forward(ctx, q, k, cos, sin, positions):
+        ctx.save_for_backward(cos, sin, positions)
+        return _rotate((q, k), cos, sin, positions, 1)
 
     @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin), None, None
+    def backward(ctx, *grads):
+        return *_rotate(grads, *ctx.saved_tensors, -1), None, None, None
 
 
-def _rotate(x, cos, sin):
-    half = cos.shape[-1]
-    first, second, rest = x.to(cos.dtype).split((half, half, x.shape[-1] - 2 * half), -1)
-    out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
-    for part, a, b, sign in ((out[..., :half], first, second, -1), (out[..., half : 2 * half], second, first, 1)):
-        torch.mul(a, cos, out=part).addcmul_(b, sin, value=sign)
-    out[..., 2 * half :] = rest
-    return out.to(x.dtype)
+def _rotate(tensors, cos, sin, positions, direction):
+    dtype, half = compute_dtype(tensors[0]), cos.shape[-1]
+    cos, sin = (t[: tensors[0].shape[1]] if positions is None else t[positions] for t in (cos, sin))
+    cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
+    outs = []
+    for x in tensors:
+        first, second, rest = x.to(dtype).split((half, half, x.shape[-1] - 2 * half), -1)
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        for part, a, b, sign in ((out[..., :half], first, second, -direction), (out[..., half : 2 * half], second, first, direction)):
+            torch.mul(a, cos, out=part).addcmul_(b, sin, value=sign)
+        out[..., 2 * half :] = rest
+        outs.append(out.to(x.dtype))
+    return tuple(outs)
 
 
 def rope_reference(q_BTHD, k_BTKD, cos, sin, *, positions=None):
     """Rotary embedding in plain PyTorch; returns (q, k) in their own dtypes. Angles get no gradient."""
-    T = q_BTHD.shape[1]
-    dtype = compute_dtype(q_BTHD)
-    cos, sin = (t[:T] if positions is None else t[positions] for t in (cos, sin))
-    cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
-    return _Rotate.apply(q_BTHD, cos, sin), _Rotate.apply(k_BTKD, cos, sin)
+    return _Rotate.apply(q_BTHD, k_BTKD, cos, sin, positions)
+
+
+class _Native(torch.autograd.Function):
+    """The rotation in one pass over memory. Results lie head by head, (H, B, T, D), as attention multiplies them; gradients token by token."""
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, positions):
+        cos, sin, positions = dense(cos), dense(sin), dense(positions)
+        ctx.save_for_backward(cos, sin, positions)
+        outs = [torch.empty(x.shape[2], *x.shape[:2], x.shape[3], dtype=x.dtype, device=x.device).permute(1, 2, 0, 3) for x in (q, k)]
+        return _rotate_native((q, k), outs, cos, sin, positions, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        outs = [torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for grad in grads]
+        return *_rotate_native(grads, outs, *ctx.saved_tensors, -1.0), None, None, None
+
+
+def _rotate_native(tensors, outs, cos, sin, positions, direction):
+    for x, out in zip(tensors, outs, strict=True):
+        x = x.resolve_neg()
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        if not call("rope", x.dtype, x, *x.stride()[:3], out, *out.stride()[:3], cos, sin, positions, *x.shape, *cos.shape, direction):
+            raise IndexError(f"rope: positions lie between {int(positions.min())} and {int(positions.max())}, tables have {len(cos)} rows")
+    return tuple(outs)
 
 
 def rope(q_BTHD, k_BTKD, cos, sin, *, positions=None, impl="auto"):
@@ -63,7 +94,11 @@ def rope(q_BTHD, k_BTKD, cos, sin, *, positions=None, impl="auto"):
         raise ValueError(f"rope: tables of {cos.shape[0]} positions, {q_BTHD.shape[1]} needed")
     if positions is not None and positions.shape != q_BTHD.shape[:2]:
         raise ValueError(f"rope: positions {tuple(positions.shape)} must be {tuple(q_BTHD.shape[:2])}")
-    choose("rope", impl, q_BTHD, k_BTKD, cos)
+    tensors = (q_BTHD, k_BTKD, cos, sin) if positions is None else (q_BTHD, k_BTKD, cos, sin, positions)
+    native = q_BTHD.dtype == k_BTKD.dtype != torch.int64 and cos.dtype == sin.dtype == torch.float32
+    native = native and (positions is None or positions.dtype == torch.int64)
+    if choose("rope", impl, *tensors, native=native) == "native":
+        return _Native.apply(q_BTHD, k_BTKD, cos, sin, positions)
     return rope_reference(q_BTHD, k_BTKD, cos, sin, positions=positions)
 
 

@@ -19,6 +19,7 @@ Sources: chunking as in Wijmans et al. 2024 (arXiv 2411.09009) and Hsu et al. 20
 from __future__ import annotations
 
 import torch
+from nanotrain.kernels.cpu import call, dense
 from nanotrain.kernels.runtime import choose, compute_dtype
 from torch.autograd.function import once_differentiable
 
@@ -32,11 +33,12 @@ _CHUNK = 1 << 21
 class _Options:
     """What a chunk needs to know besides its tensors."""
 
-    def __init__(self, ignore_index, label_smoothing, z_loss, softcap, temperature, vocab_start, vocab_size, reduce):
+    def __init__(self, ignore_index, label_smoothing, z_loss, softcap, temperature, vocab_start, vocab_size, reduce, native):
         self.ignore_index, self.label_smoothing, self.z_loss = ignore_index, label_smoothing, z_loss
         self.softcap, self.temperature = softcap, temperature
         self.vocab_start, self.vocab_size = vocab_start, vocab_size
         self.reduce = reduce or (lambda tensor, op: tensor)
+        self.native = native
 
 
 def _forward_chunk(hidden, weight, labels, o, want_entropy, want_gradient):
@@ -95,6 +97,13 @@ def _logit_gradient(parts, entropy, grad_loss, grad_logprob, grad_entropy, o):
     return gradient
 
 
+def _native_chunk(hidden, weight, labels, factors, logprob, o):
+    """Write the log-probabilities of a chunk of rows; returns its logits, turned into the gradient of sum(factors * loss) where factors are given."""
+    z = hidden @ weight.T
+    call("cross_entropy", z.dtype, z, dense(labels), dense(factors), logprob, o.ignore_index, *z.shape)
+    return z
+
+
 def _chunks(rows, columns):
     step = max(16, _CHUNK // max(1, columns))
     return [slice(i, min(rows, i + step)) for i in range(0, rows, step)]
@@ -122,6 +131,10 @@ class _General(torch.autograd.Function):
         loss, logprob = (torch.empty(len(labels), dtype=dtype, device=hidden.device) for _ in range(2))
         entropy = torch.empty_like(loss) if want_entropy else None
         for part in _chunks(len(labels), weight.shape[0]):
+            if o.native:
+                _native_chunk(hidden[part], weight, labels[part], None, logprob[part], o)
+                torch.neg(logprob[part], out=loss[part])
+                continue
             loss[part], logprob[part], e, _ = _forward_chunk(hidden[part], weight, labels[part], o, want_entropy, False)
             if want_entropy:
                 entropy[part] = e
@@ -136,10 +149,14 @@ class _General(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = _WeightGradient(weight)
         for part in _chunks(len(labels), weight.shape[0]):
-            _, _, entropy, parts = _forward_chunk(hidden[part], weight, labels[part], ctx.o, ctx.want_entropy, True)
-            upstream = (g if g is None else g[part] for g in (grad_loss, grad_logprob, grad_entropy))
-            gradient = _logit_gradient(parts, entropy, *upstream, ctx.o).to(hidden.dtype)
-            grad_hidden[part] = gradient @ weight
+            if ctx.o.native:
+                factors = grad_loss[part] - grad_logprob[part]
+                gradient = _native_chunk(hidden[part], weight, labels[part], factors, torch.empty_like(factors), ctx.o)
+            else:
+                _, _, entropy, parts = _forward_chunk(hidden[part], weight, labels[part], ctx.o, ctx.want_entropy, True)
+                upstream = (g if g is None else g[part] for g in (grad_loss, grad_logprob, grad_entropy))
+                gradient = _logit_gradient(parts, entropy, *upstream, ctx.o).to(hidden.dtype)
+            torch.mm(gradient, weight, out=grad_hidden[part])
             grad_weight.add(gradient, hidden[part])
         return ctx.o.reduce(grad_hidden, "sum"), grad_weight.sum.to(weight.dtype), None, None, None
 
@@ -160,13 +177,18 @@ class _Weighted(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs else None
         grad_weight = _WeightGradient(weight) if needs else None
         for part in _chunks(len(labels), weight.shape[0]):
-            loss, logprob[part], e, parts = _forward_chunk(hidden[part], weight, labels[part], o, want_entropy, needs)
-            total += (loss * token_weight[part]).sum()
-            if want_entropy:
-                entropy[part] = e
+            factors = token_weight[part].to(dtype)
+            if o.native:
+                gradient = _native_chunk(hidden[part], weight, labels[part], factors if needs else None, logprob[part], o)
+                total -= (logprob[part] * factors).sum()
+            else:
+                loss, logprob[part], e, parts = _forward_chunk(hidden[part], weight, labels[part], o, want_entropy, needs)
+                total += (loss * factors).sum()
+                if want_entropy:
+                    entropy[part] = e
+                gradient = _logit_gradient(parts, None, factors, None, None, o).to(hidden.dtype) if needs else None
             if needs:
-                gradient = _logit_gradient(parts, None, token_weight[part].to(dtype), None, None, o).to(hidden.dtype)
-                grad_hidden[part] = gradient @ weight
+                torch.mm(gradient, weight, out=grad_hidden[part])
                 grad_weight.add(gradient, hidden[part])
         if needs:
             ctx.save_for_backward(o.reduce(grad_hidden, "sum"), grad_weight.sum)
@@ -182,13 +204,14 @@ class _Weighted(torch.autograd.Function):
 
 def linear_cross_entropy_reference(
     hidden_NC, weight_VC, labels_N, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, token_weight_N=None, rows=None,
-    temperature=1.0, vocab_start=0, reduce=None, return_entropy=False,
+    temperature=1.0, vocab_start=0, reduce=None, return_entropy=False, native=False,
 ):  # fmt: skip
-    """Chunked linear cross-entropy in plain PyTorch: memory beyond the gradients is one chunk of logits."""
+    """Chunked linear cross-entropy in plain PyTorch: memory beyond the gradients is one chunk of logits. `native` has C++ take over between
+    the products with the weight; it knows no option that changes the loss."""
     vocab_size = weight_VC.shape[0]
     if reduce is not None:
         vocab_size = int(reduce(torch.tensor(vocab_size, device=hidden_NC.device), "sum"))
-    o = _Options(ignore_index, label_smoothing, z_loss, softcap, temperature, vocab_start, vocab_size, reduce)
+    o = _Options(ignore_index, label_smoothing, z_loss, softcap, temperature, vocab_start, vocab_size, reduce, native)
     N = labels_N.shape[0]
     if rows is not None:
         hidden_NC, labels_N = hidden_NC[rows], labels_N[rows]
@@ -251,12 +274,15 @@ def linear_cross_entropy(
     if temperature <= 0:
         raise ValueError(f"linear_cross_entropy: temperature={temperature} must be positive")
     _check_softcap("linear_cross_entropy", softcap)
-    choose("linear_cross_entropy", impl, hidden_NC, weight_VC, labels_N)
+    tensors = (hidden_NC, weight_VC, labels_N) if token_weight_N is None else (hidden_NC, weight_VC, labels_N, token_weight_N)
+    plain = not (label_smoothing or z_loss or vocab_start or return_entropy) and softcap is reduce is None and temperature == 1.0
+    native = choose("linear_cross_entropy", impl, *tensors, native=plain and hidden_NC.is_floating_point()) == "native"
     if reduce is None:
         _check_labels("linear_cross_entropy", labels_N, ignore_index, vocab_start, weight_VC.shape[0])
     return linear_cross_entropy_reference(
         hidden_NC, weight_VC, labels_N, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
         token_weight_N=token_weight_N, rows=rows, temperature=temperature, vocab_start=vocab_start, reduce=reduce, return_entropy=return_entropy,
+        native=native,
     )  # fmt: skip
 
 

@@ -41,9 +41,21 @@ def load_hf_tokenizer(directory: str | Path):
     """The tokenizer of a Hugging Face directory. ValueError naming the file where it is missing or unfit."""
     directory = Path(directory)
     try:
-        files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
+        files = {name: (directory / name).read_bytes() for name in (*FILES, "config.json") if (directory / name).is_file()}
     except OSError as error:
         raise ValueError(f"tokenizer {error.filename}: {error.strerror}") from None
+    model = _object(files, "config.json", directory)
+    files.pop("config.json", None)
+    if "generation_config.json" not in files and "eos_token_id" in model:  # transformers too then takes the model's word for what ends a text
+        files["generation_config.json"] = _json({key: model.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    try:
+        return _from_files(files, directory)
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:  # the files may come from anywhere
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"tokenizer {directory}: its JSON files hold something of the wrong type ({reason})") from None
+
+
+def _from_files(files: dict[str, bytes], directory: Path):
     settings = _Settings(files, directory)
     pieces = files.get("tokenizer.model")
     if pieces is not None and Tokenizer.accepts(pieces):
@@ -59,6 +71,20 @@ def load_hf_tokenizer(directory: str | Path):
     raise ValueError(f"tokenizer {directory}: holds no tokenizer.json and no sentencepiece tokenizer.model")
 
 
+def _object(files: Mapping[str, bytes], name: str, directory: Path) -> dict:
+    try:
+        value = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise ValueError(f"tokenizer {directory / name}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"tokenizer {directory / name}: a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def _json(value: dict) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
 def _is_ranks(model: bytes) -> bool:
     """Whether a tokenizer.model is a list of base64 and rank, as Llama 3 puts beside its tokenizer.json, and no sentencepiece model."""
     return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model) is not None
@@ -68,22 +94,17 @@ class _Settings:
     """What the JSON files beside a tokenizer say of it. ValueError naming the file that is broken."""
 
     def __init__(self, files: Mapping[str, bytes], directory: Path):
-        def read(name: str) -> dict:
-            try:
-                value = json.loads(files.get(name, b"{}"))
-            except ValueError as error:
-                raise ValueError(f"tokenizer {directory / name}: not JSON: {error}") from None
-            if not isinstance(value, dict):
-                raise ValueError(f"tokenizer {directory / name}: a JSON object is expected, not {type(value).__name__}")
-            return value
-
-        self.config, self.names, self.generation = map(read, ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"))
+        names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+        self.config, self.names, self.generation = (_object(files, name, directory) for name in names)
         added = self.config.get("added_tokens_decoder") or {}
-        self.added: dict[int, dict] = {int(token): dict(entry) for token, entry in added.items()}
+        if odd := [token for token in added if not token.isdecimal()]:
+            raise ValueError(f"tokenizer {directory / names[0]}: added_tokens_decoder {odd[0]!r}: must be a token's id")
+        self.added: dict[int, dict] = {int(token): {**entry} for token, entry in added.items()}
         """Tokens besides the model's own, by id: content, special, lstrip, rstrip ..."""
         if not self.added:
             special = set(self.named())
-            self.added = {token: {"content": name, "special": name in special} for name, token in read("added_tokens.json").items()}
+            added = _object(files, "added_tokens.json", directory)
+            self.added = {token: {"content": name, "special": name in special} for name, token in added.items()}
         template = self.config.get("chat_template")
         if "chat_template.jinja" in files:
             template = files["chat_template.jinja"].decode("utf-8", "replace")
@@ -124,7 +145,8 @@ class _Foreign:
 
         def ids(role: str) -> list[int]:
             named, more = self._ids.get(settings.spelling(f"{role}_token")), settings.generation.get(f"{role}_token_id")
-            return [i for i in (named, own.get(role), *(more if isinstance(more, list) else [more])) if i is not None]
+            found = (named, own.get(role), *(more if isinstance(more, list) else [more]))
+            return [i for i in found if isinstance(i, int) and i >= 0]  # older configs say -1 for none
 
         self.unk, self.bos, self.eos, self.pad = (next(iter(ids(role)), None) for role in ("unk", "bos", "eos", "pad"))
         self.stop_ids = frozenset(ids("eos"))
@@ -388,29 +410,33 @@ def _template(text: str):
 
 
 def save_hf_tokenizer(tokenizer, directory: str | Path) -> None:
-    """Write the files by which transformers, and `load_hf_tokenizer`, load this tokenizer.
+    """Write the files by which transformers, and `load_hf_tokenizer`, load this tokenizer; after the model's, where there is one.
 
     A foreign one is written back byte for byte. One of ours becomes tokenizer.json, tokenizer_config.json, generation_config.json
     (which tokens end a text) and its own tokenizer.model, by which it comes back lossless. As transformers loads it, it differs in
     three ways: it puts bos first, reads special tokens out of any text (`split_special_tokens=True` stops that), and cannot
     hold lone surrogates. ValueError where the model has what tokenizer.json cannot say.
     """
-    files = tokenizer.files if isinstance(tokenizer, _Foreign) else _own_files(tokenizer)
+    model = Path(directory) / "config.json"
+    kind = _object({model.name: model.read_bytes()}, model.name, Path(directory)).get("model_type") if model.is_file() else None
+    files = tokenizer.files if isinstance(tokenizer, _Foreign) else _own_files(tokenizer, kind)
     for name, content in files.items():
         (Path(directory) / name).write_bytes(content)
 
 
-def _own_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+def _own_files(tokenizer: Tokenizer, model_type: str | None) -> dict[str, bytes]:
     names = {f"{role}_token": tokenizer.piece(getattr(tokenizer, role)) for role in ("bos", "eos", "unk", "pad")}
     config = dict(
         tokenizer_class="PreTrainedTokenizerFast", **names, add_bos_token=True, add_eos_token=False, clean_up_tokenization_spaces=False,
         model_max_length=int(1e30), chat_template=tokenizer.chat_template,
     )  # fmt: skip
+    if model_type == "qwen2":
+        # For this kind of model transformers 5 puts Qwen's own tokenizer in place of the class named, and rebuilds it out of the
+        # vocabulary alone. By this key it takes tokenizer.json as it is; there is no code here that could be trusted or not.
+        config["trust_remote_code"] = True
     generation = dict(bos_token_id=tokenizer.bos, eos_token_id=sorted(tokenizer.stop_ids), pad_token_id=tokenizer.pad)
     values = {"tokenizer.json": _described(tokenizer), "tokenizer_config.json": config, "generation_config.json": generation}
-    return {name: json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n" for name, value in values.items()} | {
-        "tokenizer.model": tokenizer.model
-    }
+    return {name: _json(value) for name, value in values.items()} | {"tokenizer.model": tokenizer.model}
 
 
 def _described(tokenizer: Tokenizer) -> dict:

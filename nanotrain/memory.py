@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanotrain.kernels import token_loss
+from nanotrain.kernels.runtime import has_native
 from nanotrain.model.transformer import Dropout, ModelConfig, Transformer, parameter_count
 from nanotrain.optim import STACKED
 
@@ -29,10 +30,10 @@ class MemoryPlan:
     gradients: int
     optimizer: int
     activations_per_row: int
-    """For each row of a micro-batch: kept for the backward, and the wide tensors of a feed-forward's own backward."""
+    """For each row of a micro-batch: kept for the backward, and the tensors of a feed-forward's own backward."""
     workspace: int
     """Held for a moment by the head (a chunk of logits, its weight gradient in fp32) and by the optimizer's update: their sum, for an
-    allocator seldom fills the gaps that one leaves with the other's."""
+    allocator seldom fills the gaps that one leaves with the other's. C++ that works in place on a CPU needs less of either."""
     rows: int
     """Rows of the micro-batch planned for."""
     available: int
@@ -69,11 +70,14 @@ def plan(c: ModelConfig, *, dtype: torch.dtype, length: int, rows: int, accumula
     masters = count * wide if dtype.itemsize < wide else 0
     moments = hidden * wide + (count - hidden) * 2 * wide
     gradients = count * (dtype.itemsize + (wide if accumulate > 1 else 0))
-    head = 3 * max(token_loss._CHUNK, 16 * c.vocab_size) * wide + c.vocab_size * c.width * wide
+    native = has_native(dtype, device)
+    logits = max(token_loss._CHUNK, 16 * c.vocab_size) * (dtype.itemsize if native and not c.logit_softcap else 3 * wide)
+    head = logits + c.vocab_size * c.width * wide
     stack = 5 * max(min(hidden, STACKED), c.width * c.ffn_width) if muon else 0
-    update = max(stack, count - hidden) * wide  # AdamW scales a wide copy of its gradients
+    update = (stack if native else max(stack, count - hidden)) * wide  # where it is not one pass, AdamW scales a wide copy of its gradients
     activations = activation_bytes(c, dtype=dtype, length=length, rows=rows)
-    feed_forward = (6 if dtype.itemsize < wide else 3) * rows * length * c.ffn_width * wide
+    gate = 3 * dtype.itemsize if native and c.activation != "gelu" else (6 if dtype.itemsize < wide else 3) * wide
+    feed_forward = gate * rows * length * c.ffn_width
     per_row = -(-(activations + feed_forward) // rows)
     return MemoryPlan(count * dtype.itemsize, gradients, masters + moments, per_row, head + update, rows, available_memory(device))
 

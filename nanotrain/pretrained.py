@@ -11,7 +11,7 @@ import torch
 
 from nanotrain import checkpoint
 from nanotrain.hf_tokenizer import load_hf_tokenizer
-from nanotrain.model.hf import fill, load_hf, open_tensors
+from nanotrain.model.hf import existing_directory, fill, load_hf, open_tensors
 from nanotrain.model.transformer import ModelConfig, Transformer, empty_model
 
 
@@ -39,9 +39,10 @@ def load_pretrained(
 
     Of a run folder it is the newest checkpoint that verifies. ValueError naming what is missing, damaged or does not fit.
     """
-    folder = Path(directory)
+    folder = existing_directory(directory)
     if is_hf_directory(folder):
-        model, tokenizer = load_hf(folder, dtype=dtype, device=device), load_hf_tokenizer(folder)
+        tokenizer = load_hf_tokenizer(folder)  # first, for it is read in no time
+        model = load_hf(folder, dtype=dtype, device=device)
     elif (folder / "checkpoints").is_dir():
         model, tokenizer = _load_run(folder, device, dtype, say)
     else:

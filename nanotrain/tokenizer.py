@@ -153,13 +153,16 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, escaped: bool = False) -> str:
-        """Text of token ids; special tokens are dropped. Bytes that are no UTF-8 become U+FFFD; `escaped` leaves escapes in."""
-        text = self._processor.decode(list(ids))
+        """Text of token ids; special tokens, and ids that no token has, are dropped.
+
+        Bytes that are no UTF-8 become U+FFFD; `escaped` leaves escapes in.
+        """
+        text = self._processor.decode([i for i in ids if i < self.vocab_size])  # a model's vocabulary may be the larger
         return text if escaped else unescape(text)
 
     def piece(self, token: int) -> str:
-        """A token's own spelling, special tokens included."""
-        return self._processor.id_to_piece(token)
+        """A token's own spelling, special tokens included; empty for an id that no token has."""
+        return self._processor.id_to_piece(token) if token < self.vocab_size else ""
 
 
 def spellings(tokens: Iterable[str]) -> re.Pattern:

@@ -242,6 +242,41 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, llama_model):
     assert type(load_hf_tokenizer(write(tmp_path / "both", json={}, model=llama_model))) is PieceTokenizer
 
 
+def test_without_a_generation_config_the_model_says_what_ends_a_text(llama_model, tmp_path):
+    directory = write(tmp_path / "in", model=llama_model, config=LLAMA)
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [2, 8], "pad_token_id": 5}))
+    tokenizer = load_hf_tokenizer(directory)
+    assert tokenizer.stop_ids == {2, 8} and tokenizer.pad == 5
+    save_hf_tokenizer(tokenizer, write(tmp_path / "run"))
+    assert load_hf_tokenizer(tmp_path / "run").stop_ids == {2, 8} and not (tmp_path / "run/config.json").exists()
+    assert load_hf_tokenizer(write(directory, generation={"eos_token_id": 7})).stop_ids == {2, 7}
+    (directory / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="in/config.json: a JSON object is expected, not list"):
+        load_hf_tokenizer(directory)
+
+
+@pytest.mark.parametrize("kind", ["piece", pytest.param("json", marks=extras)])
+def test_files_that_hold_anything_end_in_one_line(kind, corpus, llama_model, tmp_path):
+    """Whatever stands under a key, reading, encoding and a chat work, or one line says what is wrong."""
+    content = {"json": piece_json(corpus, "llama2", llama_model)[0]} if kind == "json" else {"model": llama_model}
+    odd = [5, -1, 1.5, True, "x", ["x"], [5], [None], {"x": 5}, {"content": 5}, {"5": "x"}, {"5": {}}, {"5": {"content": 5}}, [{"template": 3}]]
+    keys = {"tokenizer_config.json": "eos_token chat_template added_tokens_decoder extra_special_tokens", "special_tokens_map.json": "bos_token",
+            "added_tokens.json": "x", "generation_config.json": "eos_token_id pad_token_id"}  # fmt: skip
+    failed = 0
+    for name, key, value in [(name, key, value) for name, several in keys.items() for key in several.split() for value in odd]:
+        directory = write(tmp_path, **content, config=LLAMA | {"chat_template": INST})
+        (directory / name).write_text(json.dumps({"tokenizer_config.json": LLAMA | {"chat_template": INST}}.get(name, {}) | {key: value}))
+        try:
+            tokenizer = load_hf_tokenizer(directory)
+            assert tokenizer.decode(tokenizer.encode("hi </s>")) == "hi </s>"
+            assert encode_messages(tokenizer, MESSAGES[1:2])
+        except ValueError as error:
+            failed += 1
+            assert str(error).startswith((f"tokenizer {directory}", "chat template: ")) and "\n" not in str(error)
+        (directory / name).unlink()
+    assert failed > 20
+
+
 def test_what_tokenizer_json_cannot_hold_is_refused(corpus, tmp_path):
     from tests.test_tokenizer import LOSSLESS
 
@@ -429,6 +464,109 @@ def test_ours_in_theirs_has_the_same_ids(ours, exported, corpus, _):
     assert render_chat(ours, MESSAGES) == theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
     for text in ("<bos>a<|end|>b<unk>", "".join(ours.control)):
         assert ours.encode_chat(text) == theirs(text, add_special_tokens=False).input_ids
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "description": "of a \"place\" <é>", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Oslo"}}}
+CALLED = [
+    *MESSAGES[:2], {"role": "assistant", "content": "<think>\nhm\n</think>\n\n", "tool_calls": [CALL]}, {"role": "tool", "content": "rain, <b>4</b>"}
+]  # fmt: skip
+TEMPLATES = {  # in the manner of those published, with every construct of theirs
+    "llama3.2": """{{- bos_token }}
+{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}
+{%- if not tools_in_user_message is defined %}{%- set tools_in_user_message = true %}{%- endif %}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
+{%- endif %}
+{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}
+{%- else %}{%- set system_message = "" %}{%- endif %}
+{{- "system\\n\\n" }}{%- if tools is not none %}{{- "Environment: ipython\\n" }}{%- endif %}{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{%- if tools_in_user_message and not tools is none %}
+    {%- if messages | length != 0 %}{%- set first = messages[0]['content']|trim %}{%- set messages = messages[1:] %}
+    {%- else %}{{- raise_exception("Cannot put tools in the first user message when there's no first user message!") }}{%- endif %}
+    {%- for t in tools %}{{- t | tojson(indent=4) }}{{- "\\n\\n" }}{%- endfor %}{{- first }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- message['role'] + '\\n\\n'+ message['content'] | trim }}
+    {%- elif 'tool_calls' in message %}
+        {%- if not message.tool_calls|length == 1 %}{{- raise_exception("This model only supports single tool-calls at once!") }}{%- endif %}
+        {%- set tool_call = message.tool_calls[0].function %}
+        {{- '{"name": "' + tool_call.name + '", ' }}{{- '"parameters": ' }}{{- tool_call.arguments | tojson }}{{- "}" }}
+    {%- else %}
+        {%- if message.content is mapping or message.content is iterable %}{{- message.content | tojson }}
+        {%- else %}{{- message.content }}{%- endif %}
+    {%- endif %}
+{%- endfor %}""",
+    "qwen3": """{%- if tools %}
+    {{- '# Tools' }}{%- for tool in tools %}{{- "\\n" }}{{- tool | tojson }}{%- endfor %}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and message.content is string and not(message.content.startswith('<tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}{%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {%- set reasoning_content = '' %}{%- set content = message.content %}
+        {%- if '</think>' in content %}
+            {%- set reasoning_content = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}
+            {{- '<think>' + reasoning_content.strip('\\n') + '</think>' }}
+        {%- endif %}
+        {{- content }}
+        {%- for tool_call in message.tool_calls or [] %}
+            {%- if tool_call.function %}{%- set tool_call = tool_call.function %}{%- endif %}
+            {{- tool_call.name }}
+            {%- if tool_call.arguments is string %}{{- tool_call.arguments }}{%- else %}{{- tool_call.arguments | tojson }}{%- endif %}
+        {%- endfor %}
+    {%- elif message.role == "tool" %}
+        {%- if loop.first or (messages[loop.index0 - 1].role != "tool") %}{{- '<tool_response>\\n' }}{%- endif %}{{- message.content }}
+    {%- else %}{{- message.role + '\\n' + message.content }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>' }}{%- endif %}
+{%- endif %}""",
+    "gemma2": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}",
+    "mistral": "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}{%- set loop_messages = messages[1:] %}"
+    "{%- else %}{%- set loop_messages = messages %}{%- endif %}{%- if not tools is defined %}{%- set tools = none %}{%- endif %}"
+    "{%- set user_messages = loop_messages | selectattr('role', 'equalto', 'user') | list %}{{- bos_token }}"
+    "{%- for message in loop_messages %}{%- if message['role'] == 'user' %}"
+    "{%- if tools is not none and (message == user_messages[-1]) %}{%- for tool in tools %}{%- set tool = tool.function %}"
+    "{%- for key, val in tool.items() if key != 'return' %}{%- if val is string %}{{- key + '=' + val }}{%- else %}{{- key ~ val|tojson }}"
+    "{%- endif %}{%- endfor %}{%- endfor %}{%- endif %}"
+    "{%- if loop.last and system_message is defined %}{{- '[INST] ' + system_message + '\n\n' + message['content'] + '[/INST]' }}"
+    "{%- else %}{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}"
+    "{%- elif message['role'] == 'assistant' %}{{- ' ' + message['content']|trim + eos_token }}{%- endif %}{%- endfor %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=extras) for kind in TEMPLATES])
+def test_templates_render_as_in_theirs(ours, exported, kind):
+    tokenizer, theirs = copy.copy(ours), beside(exported)
+    tokenizer.chat_template = theirs.chat_template = TEMPLATES[kind]
+    cases = [(MESSAGES[1:], {}), (CALLED[1:2], {"add_generation_prompt": False})]
+    if kind != "gemma2":
+        cases += [(MESSAGES, {"tools": [TOOL]}), (CALLED, {"tools": [TOOL]}), (CALLED, {"enable_thinking": False})]
+    for messages, variables in cases:
+        variables = {"add_generation_prompt": True, **variables}
+        want = theirs.apply_chat_template(messages, tokenize=False, **variables)
+        assert render_chat(tokenizer, messages, **variables) == want != ""
+        assert encode_messages(tokenizer, messages, **variables) == theirs.apply_chat_template(messages, return_dict=False, **variables)
+    if kind == "gemma2":
+        with pytest.raises(ValueError, match="^chat template: TemplateError: System role not supported$"):
+            render_chat(tokenizer, MESSAGES)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=extras) for kind in ("unigram", "bpe")])

@@ -13,6 +13,7 @@ Legend: B rows, T new tokens of a row, N tokens of prompts laid end to end, S ce
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -117,13 +118,17 @@ class Decode:
     """A forward over the next T tokens of every row, tokens (B, T) at `positions`."""
 
     def __init__(self, cache: Cache, starts: list[int], count: int, device: torch.device):
-        self.cache, self.starts, self.count = cache, starts, count
+        self.cache, self.starts, self.count, self.device = cache, starts, count, device
         self.even = min(starts) == max(starts)
         self.longest = max(starts) + count
-        first = torch.tensor(starts, device=device)[:, None]
-        self.positions = first if count == 1 else first + torch.arange(count, device=device)
         self._cells: dict[int, torch.Tensor] = {}
         self._masks: dict[tuple[int, int | None], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """(B, T); made when first asked for, which a native step never does."""
+        first = torch.tensor(self.starts, device=self.device)[:, None]
+        return first if self.count == 1 else first + torch.arange(self.count, device=self.device)
 
     def attend(self, layer: int, q, k, v, *, window, softcap=None, scale=None, alibi_slopes=None):
         """Attention of q (B, T, H, D) to all that its row holds and to k, v (B, T, K, D), which are stored first."""

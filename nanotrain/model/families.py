@@ -162,7 +162,7 @@ def model_config(config: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
     only = _EVERYWHERE | {"architectures": ([family.architecture], None)} | family.only
     for key, allowed in only.items():
         if (value := config.get(key, allowed[0])) not in allowed:
-            raise ValueError(f"{where}: {key} {value!r}: nanotrain's model has it only as {' or '.join(map(repr, allowed))}")
+            raise ValueError(f"{where}: {key} {value!r:.80}: nanotrain's model has it only as {' or '.join(map(repr, allowed))}")
     values = dict(family.fixed)
     for key, (ours, default) in family.keys.items():
         first, *others = ours.split()
@@ -325,4 +325,5 @@ def _write_rope(c: ModelConfig) -> dict[str, Any]:
         scaling["truncate"] = not c.rope_untruncated
     scaling = {"rope_type": c.rope_scaling if scaling else "default"} | {k: list(v) if isinstance(v, tuple) else v for k, v in scaling.items()}
     older = None if c.rope_scaling == "none" else scaling
-    return {"rope_theta": c.rope_theta, "rope_scaling": older, "rope_parameters": {"rope_theta": c.rope_theta, **scaling}}
+    beside = {"original_max_position_embeddings": c.rope_original_context} if c.rope_scaling == "longrope" else {}  # where transformers 4 looks
+    return {"rope_theta": c.rope_theta, "rope_scaling": older, "rope_parameters": {"rope_theta": c.rope_theta, **scaling}, **beside}

@@ -10,6 +10,7 @@ distribution of the model alone. Sources: continuous batching: Orca (OSDI 2022);
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ class Row:
 
 
 class Generator:
-    """A model with a cache of `rows` rows.
+    """A model with a cache of `rows` rows; one run of it at a time.
 
     stop         token ids that end a row
     stop_text    strings that end a row; needs a tokenizer
@@ -98,20 +99,25 @@ class Generator:
         tokenizer=None, draft: Transformer | None = None, lookahead: int = 4,
     ):  # fmt: skip
         check_sampling(c)
+        if rows < 1 or lookahead < 1:
+            raise ValueError(f"generate: rows {rows}, lookahead {lookahead}: each must be at least 1")
         if stop_text and tokenizer is None:
             raise ValueError("generate: stop_text needs a tokenizer")
         if draft is not None and draft.c.vocab_size != model.c.vocab_size:
             raise ValueError(f"the draft model has {draft.c.vocab_size} tokens, the model {model.c.vocab_size}; they must share a tokenizer")
+        self.device = model.head.weight.device
+        if draft is not None and draft.head.weight.device != self.device:
+            raise ValueError(f"the draft model is on {draft.head.weight.device}, the model on {self.device}; put both on one device")
         self.model, self.c, self.rows = model, c, rows
         self.stop, self.stop_text, self.tokenizer = stop, tuple(s for s in stop_text if s), tokenizer
         self.draft, self.lookahead = draft, lookahead if draft is not None else 0
-        self.device = model.head.weight.device
         self.proposed = self.accepted = 0
 
     def run(self, prompts: list[list[int]], seeds: list[int] | None = None) -> Iterator[Written]:
         """Tokens written after the prompts, as they come, `rows` prompts at a time.
 
-        Raises ValueError for an empty prompt, and for one that leaves no room in a model of learned positions.
+        Raises ValueError for an empty prompt, for token ids that the model does not have, for a prompt that leaves no room in a model of
+        learned positions, and where the model's logits are no numbers.
         """
         seeds = [self.c.seed + number for number in range(len(prompts))] if seeds is None else seeds
         if len(seeds) != len(prompts):
@@ -122,11 +128,14 @@ class Generator:
             row = Row(number, list(prompt), self._limit(prompt), seed)
             groups.setdefault(self._reach(row.limit), []).append(row)
         for reach, rows in groups.items():
-            yield from self._run(rows, reach or max(row.limit for row in rows))
+            yield from self._run(rows, reach)
 
     def _limit(self, prompt: list[int]) -> int:
         if not prompt:
             raise ValueError("the prompt holds no token; begin it with bos")
+        if not 0 <= min(prompt) <= max(prompt) < self.model.c.vocab_size:
+            raise ValueError(f"the prompt's token ids go from {min(prompt)} to {max(prompt)}, the model's from 0 to {self.model.c.vocab_size - 1};"
+                             " use the model's own tokenizer")  # fmt: skip
         limit, context = len(prompt) + self.c.max_tokens, self.model.c.context
         if self.model.c.positions == "learned":
             limit = min(limit, context)
@@ -135,9 +144,10 @@ class Generator:
         return limit
 
     def _reach(self, limit: int) -> int:
-        c = self.model.c
-        follows = c.positions == "rope" and c.rope_scaling in ("dynamic", "longrope") and limit > c.rope_original_context
-        return max(limit, c.context) if follows else 0
+        """The length that RoPE's frequencies are for, where they follow it (in the draft, perhaps); else 0."""
+        configs = [model.c for model in (self.model, self.draft) if model is not None]
+        scaled = [c for c in configs if c.positions == "rope" and c.rope_scaling in ("dynamic", "longrope")]
+        return max(limit, self.model.c.context) if any(limit > c.rope_original_context for c in scaled) else 0
 
     def _run(self, requests: list[Row], reach: int) -> Iterator[Written]:
         waiting, self.reach = deque(requests), reach
@@ -148,7 +158,8 @@ class Generator:
         while waiting or active:
             if waiting and len(active) < count:
                 admitted = [waiting.popleft()]
-                while waiting and len(active) + len(admitted) < count and sum(len(r.tokens) for r in (*admitted, waiting[0])) <= _PREFILL:
+                tokens = len(admitted[0].tokens)
+                while waiting and len(active) + len(admitted) < count and (tokens := tokens + len(waiting[0].tokens)) <= _PREFILL:
                     admitted.append(waiting.popleft())
                 first, work, rows = len(active), self._admit, admitted
                 active += admitted
@@ -173,6 +184,8 @@ class Generator:
 
     def _take(self, row: Row, token: int, logprob: float) -> Written:
         """Add a token to its row: what can be shown of it, and whether the row ends."""
+        if not math.isfinite(logprob):
+            raise ValueError(f"the model's logits after {len(row.tokens)} tokens are infinite or no numbers; its weights are damaged or overflow")
         row.tokens.append(token)
         if row.seen is not None:
             row.seen[token] = True
@@ -205,6 +218,11 @@ class Generator:
 
     def _decode(self, rows: list[Row]) -> list[list[tuple[int, float]]]:
         """The next token of every row."""
+        native = self.native[self.model]
+        if native is not None and self.c.repetition_penalty == 1.0:
+            step, uniforms = self.cache.decode(1, self.device), [row.uniform() for row in rows] if self.c.temperature > 0 else []
+            chosen = native.draw(step, [row.tokens[-1] for row in rows], self._positions(step), self.c, uniforms)
+            return [[pair] for pair in zip(*chosen, strict=True)]
         tokens = torch.tensor([row.tokens[-1] for row in rows], device=self.device)[:, None]
         return self._draw(rows, self._logits(self.model, self.cache, tokens)[:, 0])
 
@@ -212,12 +230,18 @@ class Generator:
         """Logits (B, T, V), in fp32 or float64, after each of the next tokens of every row."""
         step = cache.decode(tokens_BT.shape[1], self.device)
         if self.native[model] is not None:
-            return self.native[model].step(step, tokens_BT, self.reach)
+            return self.native[model].step(step, tokens_BT, self._positions(step))
         return self._wide(model.head.logits(self._hidden(model, step, tokens_BT)))
 
     def _hidden(self, model: Transformer, step, tokens_BT: torch.Tensor) -> torch.Tensor:
-        positions = step.positions.clamp(max=self.limit - 1) if self.lookahead else step.positions  # proposals past the limit are dropped
-        return model(tokens_BT, positions, cache=step, max_position=self.reach)
+        reach, positions = self._positions(step), step.positions
+        if self.lookahead:  # proposals past the limit are dropped; a draft may guess beyond its own positions
+            positions = positions.clamp(max=(model.c.context if model.c.positions == "learned" else reach) - 1)
+        return model(tokens_BT, positions, cache=step, max_position=reach)
+
+    def _positions(self, step) -> int:
+        """How many positions RoPE's tables must hold: no more than the cache has room for now, however far the limit is."""
+        return self.reach or min(self.limit, step.cache.cells)
 
     def _wide(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

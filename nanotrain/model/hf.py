@@ -28,7 +28,7 @@ def load_hf(path: str | Path, *, dtype: torch.dtype | None = None, device: torch
     ValueError naming the file, and the key or tensor, for what is missing, damaged, unknown or of another shape, and for what our model
     has not.
     """
-    directory = Path(path)
+    directory = existing_directory(path)
     config = read_json(directory / "config.json")
     name, c = model_config(config, str(directory / "config.json"))
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -52,7 +52,9 @@ def save_hf(model: Transformer, path: str | Path, *, tokenizer=None, max_shard_b
     """
     config = hf_config(model.c)
     tensors = places(model, config["model_type"])
-    ids = {f"{key}_token_id": getattr(tokenizer, key, None) for key in ("bos", "eos", "pad")}
+    roles = {role: getattr(tokenizer, role, None) for role in ("bos", "eos", "pad")}
+    # Those that the model has: with another as pad, as where a tokenizer was given tokens later, transformers cannot build it.
+    ids = {f"{role}_token_id": token if token is not None and token < model.c.vocab_size else None for role, token in roles.items()}
     dtype = str(model.head.weight.dtype).removeprefix("torch.")
     shards: list[dict[str, list[torch.Tensor]]] = [{}]
     for name, parts in tensors.items():
@@ -109,13 +111,16 @@ def open_tensors(directory: Path) -> dict[str, Stored]:
     elif pickles := sorted(p.name for p in directory.glob("*.bin")):
         raise ValueError(f"{directory / pickles[0]}: a pickle, which nanotrain never opens; convert it to safetensors first")
     else:
-        raise ValueError(f"{directory}: has neither model.safetensors nor {index.name}")
+        others = ", ".join(sorted(p.name for p in directory.glob("*.safetensors"))[:3])
+        raise ValueError(f"{directory}: has neither model.safetensors nor {index.name}" + (f", only {others}; fetch all of it" if others else ""))
     found: dict[str, Stored] = {}
     for shard in shards:
         file = directory / shard
         if Path(shard).name != shard or not file.is_file():
             raise ValueError(f"{index}: names the file {shard!r}, which is not there")
         try:
+            if file.stat().st_size < 1000 and file.read_bytes().startswith(b"version https://git-lfs"):
+                raise ValueError("a git-lfs pointer in its place; git lfs pull fetches the file")
             handle = safetensors.safe_open(file, framework="pt")
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"{file}: not a safetensors file, or damaged or cut short ({error})") from None
@@ -146,10 +151,13 @@ def places(model: Transformer, name: str) -> dict[str, list[torch.Tensor]]:
 
 @torch.no_grad()
 def fill(tensors: dict[str, Stored], places: dict[str, list[torch.Tensor]]) -> None:
-    """Copy stored tensors, one at a time, into the parts of each, with their dtype and device."""
+    """Copy stored tensors, one at a time, into the parts of each, with their dtype and device. ValueError naming one too large for it."""
     for name, parts in places.items():
         for part, value in zip(parts, tensors[name].value().split([p.shape[-1] for p in parts], -1), strict=True):
             part.copy_(value)
+            largest = torch.finfo(part.dtype).max
+            if largest < torch.finfo(value.dtype).max and torch.stack(part.aminmax()).isinf().any():
+                raise ValueError(f"{tensors[name].file}: tensor {name} goes beyond {largest:g}, the largest of {part.dtype}; take another dtype")
 
 
 def _shape(parts: list[torch.Tensor]) -> tuple[int, ...]:
@@ -192,6 +200,16 @@ def _stored_dtype(config, tensors: dict[str, Stored], directory: Path) -> torch.
 # Files
 
 
+def existing_directory(path: str | Path) -> Path:
+    """A model's directory. ValueError, with what to do, where it is none, as the name of a model on Hugging Face's hub is none."""
+    directory = Path(path)
+    if directory.is_file():
+        raise ValueError(f"{path}: is a file; name the directory that holds it")
+    if not directory.is_dir():
+        raise ValueError(f"{path}: no such directory; train a model first, or fetch one, as with `hf download NAME --local-dir DIRECTORY`")
+    return directory
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. ValueError naming it where it is missing, or no JSON object."""
     try:
@@ -217,13 +235,18 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"{path}: exists and is not an empty directory; name another, or move it away")
     folder = final.with_name(f".{final.name}.incomplete")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     try:
+        folder.mkdir(parents=True)
         yield folder
         for written in (*folder.rglob("*"), folder):
             _sync(written)
         folder.rename(final)
         _sync(final.parent)
+    except OSError as error:  # by the name it was to have; a failed write names none
+        named = Path(error.filename or folder)
+        if error.errno and named.is_relative_to(folder):
+            raise OSError(error.errno, error.strerror, str(final / named.relative_to(folder))) from None
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

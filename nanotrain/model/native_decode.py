@@ -14,11 +14,12 @@ import math
 import time
 from ctypes import POINTER, Structure, byref, c_double, c_float, c_int64, c_void_p
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import nn
 
-from nanotrain import native
+from nanotrain.kernels import native
 from nanotrain.model.cache import Decode
 from nanotrain.model.linear import Linear
 from nanotrain.model.positions import alibi_slopes
@@ -71,7 +72,7 @@ class _Step(Structure):
 
 def decoder(model: Transformer) -> NativeDecoder | None:
     """A decoder of the model as it is now, or None where the modules must serve."""
-    if not plain(model) or (library := native.library("decode")) is None:
+    if torch.is_autocast_enabled("cpu") or not plain(model) or (library := native.library("decode")) is None:
         return None
     return NativeDecoder(model, library)
 
@@ -80,11 +81,12 @@ def plain(model: nn.Module) -> bool:
     """Whether a model is what `build_model` makes of its config, on the CPU in bf16 or fp32, with nothing put in, on or around any part."""
     if type(model) is not Transformer or model.head is None or model.head.weight.dtype not in (torch.bfloat16, torch.float32):
         return False
+    dtype = model.head.weight.dtype
     modules, shapes = _described(model.c)
     return (
         {name: _description(module) for name, module in model.named_modules()} == modules
         and {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)} == shapes
-        and all(type(p) is nn.Parameter and p.is_contiguous() and p.device.type == "cpu" and p.dtype == model.head.weight.dtype for p in model.parameters())
+        and all(type(p) is nn.Parameter and p.is_contiguous() and p.device.type == "cpu" and p.dtype == dtype for p in model.parameters())
     )  # fmt: skip
 
 
@@ -160,7 +162,7 @@ class NativeDecoder:
         if c.scale_embedding:
             m.embedding_scale = float(torch.tensor(math.sqrt(c.width), dtype=self._dtype))
         library.decode_scratch.restype, library.decode_scratch.argtypes = c_int64, [c_void_p, c_int64, c_int64, c_int64]
-        library.decode_step.restype = None
+        library.decode_step.restype = c_int64
         self._step, self._team, self._room = _Step(), _Team(), (0, 0, 0)
         self._addresses: list[int] = []
         self._parameters: list[torch.Tensor] = []
@@ -177,9 +179,7 @@ class NativeDecoder:
         self._run(step, tokens_BT.shape[1], tokens_BT.data_ptr(), logits_BTV, max_position)
         return logits_BTV
 
-    def draw(
-        self, step: Decode, tokens: list[int], max_position: int, c: SamplingConfig, uniforms: list[float]
-    ) -> tuple[list[int], list[float]]:
+    def draw(self, step: Decode, tokens: list[int], max_position: int, c: SamplingConfig, uniforms: list[float]) -> tuple[list[int], list[float]]:
         """The next token of every row after its last one in `tokens` (B,), and its log-probability by the model itself [nats].
 
         Sampled as `sampling.distribution` and `sampling.draw` would at `uniforms` (B,) in [0, 1), which greedy settings do not read. A
@@ -205,6 +205,9 @@ class NativeDecoder:
             self._model.cos, self._model.sin = tables[0].data_ptr(), tables[1].data_ptr()
         starts, s = step.starts, self._step
         layers = [step.cache.layer(number, self._template, self._template, window) for number, window in enumerate(self._windows)]
+        for held in chain.from_iterable(layers):
+            if held.dtype != self._dtype or held.shape[2:] != self._template.shape[2:] or not held.is_contiguous():
+                raise ValueError(f"native decode: the cache holds {tuple(held.shape)} in {held.dtype}, not this model's heads in {self._dtype}")
         rows, places = range(len(starts)), starts
         if T > 1:
             rows, places = [row for row in rows for _ in range(T)], [start + t for start in starts for t in range(T)]
@@ -221,7 +224,9 @@ class NativeDecoder:
         s.tokens, s.scratch, s.logits = tokens, self._scratch.data_ptr(), logits.data_ptr()
         s.choice = None if choice is None else ctypes.pointer(choice)
         started = time.perf_counter()
-        self._library.decode_step(byref(self._model), byref(s))
+        stray = self._library.decode_step(byref(self._model), byref(s))
+        if stray >= 0:
+            raise ValueError(f"native decode: token number {stray} of {N} is not one of the model's {self._model.V}")
         self._team.took(time.perf_counter() - started)
 
     def _gather(self) -> None:

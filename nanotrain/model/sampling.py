@@ -79,7 +79,10 @@ def distribution(logits_BV: torch.Tensor, seen_BV: torch.Tensor | None, c: Sampl
 
 
 def draw(p_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """A token (B,) of each row's distribution by inverting its sum at a float64 uniform in [0, 1); never one of probability 0."""
+    """A token (B,) of each row's distribution by inverting its sum at a float64 uniform in [0, 1); never one of probability 0.
+
+    Of probabilities that are no numbers, some token of the vocabulary.
+    """
     sums = p_BV.cumsum(-1, dtype=torch.float64)
     at = (uniform_B.unsqueeze(-1) * sums[:, -1:]).clamp(max=torch.nextafter(sums[:, -1:], torch.zeros_like(sums[:, -1:])))
-    return torch.searchsorted(sums, at, right=True).squeeze(-1)
+    return torch.searchsorted(sums, at, right=True).squeeze(-1).clamp(max=p_BV.shape[-1] - 1)

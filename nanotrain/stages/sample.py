@@ -18,6 +18,7 @@ from nanotrain.model.sampling import SamplingConfig, check_sampling
 from nanotrain.model.transformer import Transformer
 from nanotrain.pretrained import ModelSource, load_pretrained, with_directory
 from nanotrain.run import choose_device
+from nanotrain.terminal import aside, write
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Config:
     prompt: str = ""
     """Text to write on from; `-` reads it from standard input."""
     stop: tuple[str, ...] = ()
-    """Strings, or special tokens by their spelling, that end the text, besides the tokenizer's own end tokens."""
+    """Strings, or special tokens by their spelling, that end the text, besides the tokenizer's own end tokens. Commas part them; one that holds
+    a comma is given in a file (`--config`): stop = ["a, b"]."""
     count: int = 1
     """Texts to write, side by side [texts]."""
     run: ModelSource = field(default_factory=ModelSource)
@@ -37,22 +39,26 @@ class Config:
 def step(
     model: Transformer, tokenizer, prompt: str, c: Config, *, write: Callable[[int, str], None], draft: Transformer | None = None
 ) -> tuple[int, str]:  # fmt: skip
-    """Write `count` texts after the prompt, each piece to `write(number, piece)` as it comes; returns tokens, and a remark on the draft."""
-    ids = [tokenizer.bos] * (tokenizer.add_bos and tokenizer.bos is not None) + tokenizer.encode(prompt)
-    special = {tokenizer.piece(i): i for i in tokenizer.special.values()}
+    """Write `count` texts after the prompt, each piece to `write(number, piece)` as it comes; returns tokens, and remarks on how it went."""
+    ids = tokenizer.encode(prompt)
+    if tokenizer.bos is not None and (tokenizer.add_bos or not ids):  # a text of no token begins somewhere, too
+        ids = [tokenizer.bos, *ids]
+    special = tokenizer.special
     stop = tokenizer.stop_ids | {special[s] for s in c.stop if s in special}
     generator = Generator(model, c.sampling, draft=draft, tokenizer=tokenizer, stop=stop, stop_text=tuple(s for s in c.stop if s not in special))
-    tokens = 0
+    lengths = [len(ids)] * c.count
     for written in generator.run([ids] * c.count):
-        tokens += 1
+        lengths[written.prompt] += 1
         write(written.prompt, written.text)
-    share = f", {generator.accepted / max(1, generator.proposed):.0%} of the draft's tokens accepted" if draft is not None else ""
-    return tokens, share
+    remark = f", {generator.accepted / max(1, generator.proposed):.0%} of the draft's tokens accepted" if draft is not None else ""
+    if model.c.positions == "rope" and max(lengths) > model.c.context:
+        remark += f"; the text grew to {max(lengths)} tokens, beyond the model's context of {model.c.context}"
+    return sum(lengths) - len(ids) * c.count, remark
 
 
 def show(number: int, piece: str) -> None:
     """Print a piece of the only text."""
-    print(piece, end="", flush=True)
+    write(piece)
 
 
 def main(argv: list[str]) -> int:
@@ -62,25 +68,21 @@ def main(argv: list[str]) -> int:
     if c.count < 1:
         raise ValueError(f"--count {c.count}: must be at least 1")
     device = choose_device(c.run.device)
-    model, tokenizer = load_pretrained(c.run.dir, device=device, say=_aside)
-    draft = load_pretrained(c.run.draft, device=device, say=_aside)[0] if c.run.draft else None
+    model, tokenizer = load_pretrained(c.run.dir, device=device, say=aside)
+    draft = load_pretrained(c.run.draft, device=device, say=aside)[0] if c.run.draft else None
     prompt = sys.stdin.read() if c.prompt == "-" else c.prompt
     texts = [prompt] * c.count
 
-    def write(number, text):
+    def keep(number, text):
         texts[number] += text
 
     if c.count == 1:
-        print(prompt, end="", flush=True)
+        write(prompt)
     started = time.monotonic()
-    count, remark = step(model, tokenizer, prompt, c, draft=draft, write=show if c.count == 1 else write)
+    count, remark = step(model, tokenizer, prompt, c, draft=draft, write=show if c.count == 1 else keep)
     seconds = time.monotonic() - started
     if c.count > 1:
-        print(f"\n{'-' * 40}\n".join(texts), end="")
+        write(f"\n{'-' * 40}\n".join(texts))
     print()
-    _aside(f"[{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s{remark}]")
+    aside(f"[{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s{remark}]")
     return 0
-
-
-def _aside(line: str) -> None:
-    print(line, file=sys.stderr)

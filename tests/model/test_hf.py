@@ -105,6 +105,11 @@ def test_a_model_comes_back_bit_for_bit(option, dtype, tmp_path):
     assert equal(((n, p.double()) for n, p in model.named_parameters()), wide.named_parameters())
 
 
+def test_longrope_names_its_original_context_where_transformers_4_looks():
+    key, shape = "original_max_position_embeddings", dict(width=24, heads=4, kv_heads=2, head_dim=8)
+    assert hf_config(config(**(shape | OURS["longrope"][1])))[key] == 16 and key not in hf_config(config(**(shape | OURS["yarn"][1])))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_can_be_written(preset):
     c = ModelConfig(preset=preset, vocab_size=PRESETS[preset].get("vocab_size", 512)).resolved()
@@ -321,6 +326,7 @@ def rewrite(folder, change):
         (lambda t: t.update({"model.norm.bias": torch.zeros(3)}), "unknown tensor model.norm.bias"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), "model.safetensors: tensor model.norm.weight is (3,), config.json makes it (24"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(24, dtype=torch.int8)}), "tensor model.norm.weight is I8"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(24).to(torch.float8_e4m3fn)}), "tensor model.norm.weight is F8_E4M3; only F64, "),
         (lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}), "lm_head.weight differs from model.embed_tokens.weight"),
     ],
 )
@@ -362,12 +368,13 @@ def outside(folder, index):
         (lambda d, i: (d / "model-00002-of-00004.safetensors").unlink(), "names the file 'model-00002-of-00004.safetensors', which is not there"),
         (lambda d, i: [p.write_bytes(p.read_bytes()[:-4]) for p in d.glob("*3-of*")], "3-of-00004.safetensors: not a safetensors file, or damaged"),
         (lambda d, i: [p.write_bytes(b"\x80\x04pickle") for p in d.glob("*3-of*")], "model-00003-of-00004.safetensors: not a safetensors file"),
+        (lambda d, i: [p.write_text("version https://git-lfs.github.com/spec/v1\n") for p in d.glob("*3-of*")], "a git-lfs pointer in its"),
         (move_a_tensor, "model-00001-of-00004.safetensors: tensor 'model.norm.weight' is missing, though"),
         (twice, "model-00002-of-00004.safetensors: tensor 'model.embed_tokens.weight' is in model-00001-of-00004.safetensors too"),
         (outside, "names the file '../model.safetensors'"),
         (lambda d, i: (d / "model.safetensors.index.json").write_text("{"), "model.safetensors.index.json: not valid JSON"),
         (lambda d, i: (d / "model.safetensors.index.json").write_text('{"weight_map": []}'), "weight_map []: must name a file for each tensor"),
-        (lambda d, i: (d / "model.safetensors.index.json").unlink(), "has neither model.safetensors nor model.safetensors.index.json"),
+        (lambda d, i: (d / "model.safetensors.index.json").unlink(), "index.json, only model-00001-of-00004.safetensors, "),
         (lambda d, i: (d / "config.json").unlink(), "config.json: No such file"),
         (lambda d, i: (d / "config.json").write_text("[]"), "config.json: must hold a JSON object"),
         (lambda d, i: [(d / "model.safetensors.index.json").rename(d / "x"), (d / "pytorch_model.bin").touch()], "pytorch_model.bin: a pickle"),
@@ -401,6 +408,50 @@ def test_dtype_is_what_is_stored_or_asked_for(tmp_path):
             load_hf(tmp_path / "model", device="cuda")
 
 
+@pytest.mark.parametrize("options", [{}, dict(positions="learned", norm="layer", activation="gelu", bias=True, kv_heads=4, head_dim=6)])
+def test_values_that_a_narrower_dtype_cannot_hold_are_named(options, tmp_path):
+    model = build(torch.bfloat16, **options)
+    with torch.no_grad():
+        model.blocks["1"].attention.k_proj.weight[3, 5] = -70000.0
+    save_hf(model, tmp_path / "model")
+    name = "transformer.h.1.attn.c_attn.weight" if options else "model.layers.1.self_attn.k_proj.weight"
+    with pytest.raises(ValueError, match=f"model.safetensors: tensor {name} goes beyond 65504, the largest of torch.float16; take another dtype"):
+        load_hf(tmp_path / "model", dtype=torch.float16)
+    assert load_hf(tmp_path / "model", dtype=torch.float32).blocks["1"].attention.k_proj.weight[3, 5] < -69000
+
+
+def test_what_is_no_directory_says_what_to_do(tmp_path):
+    save_hf(build(), tmp_path / "model")
+    with pytest.raises(ValueError, match="^meta-llama/Llama-3.2-1B: no such directory; train a model first, or fetch one, as with `hf download "):
+        load_hf("meta-llama/Llama-3.2-1B")
+    with pytest.raises(ValueError, match="config.json: is a file; name the directory that holds it"):
+        load_hf(tmp_path / "model/config.json")
+
+
+def test_the_links_of_the_hub_cache_and_any_name_are_followed(tmp_path):
+    model, snapshot = build(), tmp_path / "models--m\u00f6 \u4e16/snapshots/0123"
+    save_hf(model, tmp_path / "model", max_shard_bytes=20000)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted((tmp_path / "model").iterdir())):
+        blob = snapshot.parents[1] / "blobs" / str(number)
+        blob.parent.mkdir(exist_ok=True)
+        file.rename(blob)
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert equal(model.named_parameters(), load_hf(f"{snapshot}/").named_parameters())
+    blob.unlink()
+    with pytest.raises(ValueError, match="0123: has neither model.safetensors nor"):
+        load_hf(snapshot)
+
+
+def test_ids_that_the_model_has_not_are_not_written(tmp_path):
+    class Larger:
+        bos, eos, pad, stop_ids = 0, 49, 50, {49}
+
+    save_hf(build(), tmp_path / "model", tokenizer=Larger)
+    content = json.loads((tmp_path / "model/config.json").read_text())
+    assert [content[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [0, 49, None]
+
+
 def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, monkeypatch):
     model = build()
     (tmp_path / "mine").mkdir()
@@ -414,8 +465,9 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch.Tensor, "cpu", full)
-    with pytest.raises(OSError, match="model.safetensors"):
+    with pytest.raises(OSError) as caught:
         save_hf(model, tmp_path / "out")
+    assert caught.value.filename == str(tmp_path / "out/model.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "mine"] and [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 

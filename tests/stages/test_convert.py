@@ -1,6 +1,7 @@
 """A run folder to a Hugging Face directory and back, and models loaded from either."""
 
 import importlib.util
+import io
 import json
 import shutil
 from dataclasses import asdict
@@ -87,6 +88,30 @@ def test_transformers_gives_the_same_tokens_and_logits(run, tmp_path):
     assert theirs.generation_config.eos_token_id == sorted(tokenizer.stop_ids)
 
 
+@extras
+@peers
+@pytest.mark.parametrize("option", ["plain", "window", "qkv_bias", "qk_norm", "gemma2", "gpt2"])
+def test_our_tokenizer_is_the_same_in_every_family(option, run, tmp_path):
+    """AutoTokenizer goes by the model's family too: of a qwen2 it would make Qwen's own tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nanotrain.hf_tokenizer import save_hf_tokenizer
+    from nanotrain.model.hf import save_hf
+    from tests.model.test_hf import OURS, build
+
+    tokenizer = load_hf_tokenizer(run)
+    family, options = OURS[option]
+    save_hf(build(**options, vocab_size=tokenizer.vocab_size + 88), tmp_path, tokenizer=tokenizer)
+    before = json.loads((tmp_path / "generation_config.json").read_text())
+    save_hf_tokenizer(tokenizer, tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == before
+    theirs, their_tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.config.model_type == family and theirs.generation_config.eos_token_id == sorted(tokenizer.stop_ids)
+    for text in (TEXT, "e\u0301  x\r\n 1234"):
+        ids = their_tokenizer(text, split_special_tokens=True).input_ids
+        assert ids == [tokenizer.bos, *tokenizer.encode(text)] and their_tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
 def test_a_directory_of_hugging_face_becomes_a_run(run, exported, data, tmp_path, capsys):
     imported = tmp_path / "imported"
     convert_to(f"source={exported}", f"to={imported}")
@@ -116,7 +141,7 @@ def test_the_same_form_in_another_dtype(run, exported, tmp_path):
 
 @extras
 @peers
-def test_a_foreign_model_keeps_its_tokenizer(tmp_path):
+def test_a_foreign_model_keeps_its_tokenizer(tmp_path, monkeypatch, capsys):
     import tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -125,11 +150,15 @@ def test_a_foreign_model_keeps_its_tokenizer(tmp_path):
     vocabulary = {piece: n for n, piece in enumerate(["<s>", "</s>", "<unk>", *"abcdefghij"])}
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary | {"ab": 13}, [("a", "b")], unk_token="<unk>"))
     their_tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    their_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     theirs = theirs_of(*THEIRS["gemma2"])
     for part in (theirs, their_tokenizer):
         part.save_pretrained(tmp_path / "theirs")
     convert_to(f"source={tmp_path / 'theirs'}", f"to={tmp_path / 'run'}")
     convert_to(f"source={tmp_path / 'run'}", f"to={tmp_path / 'back'}")
+    assert main(["sample", str(tmp_path / "run"), "--prompt=abc", "--sampling.max_tokens=3"]) == 0 and "abc" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc\n")))
+    assert main(["chat", str(tmp_path / "back"), "--sampling.max_tokens=3"]) == 0
     model, tokenizer = load(tmp_path / "run")
     assert equal(model.named_parameters(), load(tmp_path / "theirs")[0].named_parameters())
     ids = AutoTokenizer.from_pretrained(tmp_path / "back")("abcjab")["input_ids"]
@@ -144,7 +173,8 @@ def test_a_foreign_model_keeps_its_tokenizer(tmp_path):
     "arguments,message",
     [
         ([], "--to: name the directory to write"),
-        (["source=nowhere", "to={out}"], "nowhere: neither a run folder (no checkpoints/) nor a Hugging Face directory (no config.json)"),
+        (["source=nowhere", "to={out}"], "nowhere: no such directory; train a model first, or fetch one, as with `hf download NAME"),
+        (["source={run}/checkpoints", "to={out}"], "neither a run folder (no checkpoints/) nor a Hugging Face directory (no config.json)"),
         (["source={run}", "to={run}"], "exists and is not an empty directory"),
         (["source={run}", "to={out}", "dtype=int8"], "--dtype: 'int8' is not {stored,"),
         (["source={run}", "to={out}", "shard_bytes=0"], "--shard_bytes 0: must be at least 1"),

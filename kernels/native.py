@@ -102,12 +102,11 @@ def _whole(path: Path) -> bool:
 
 
 def _sources(name: str) -> list[Path]:
-    """csrc/<name>.cpp and all headers; csrc/ lies inside an installed package and beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / f"{name}.cpp").is_file():
-            return [folder / f"{name}.cpp", *sorted(folder.glob("*.h"))]
-    raise RuntimeError(f"csrc/{name}.cpp is missing from the installation")
+    """csrc/<name>.cpp and all headers; csrc/ lies beside this package, in a checkout and installed."""
+    folder = Path(__file__).resolve().parent.parent / "csrc"
+    if not (folder / f"{name}.cpp").is_file():
+        raise RuntimeError(f"csrc/{name}.cpp is missing from the installation")
+    return [folder / f"{name}.cpp", *sorted(folder.glob("*.h"))]
 
 
 def _folder() -> Path | None:
