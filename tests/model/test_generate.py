@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nanotrain.kernels import native
 
 from nanotrain.model import generate as generation
 from nanotrain.model.cache import Cache
 from nanotrain.model.generate import Generator, generate
+from nanotrain.model.native_decode import NativeDecoder
 from nanotrain.model.sampling import SamplingConfig, distribution
 from tests.model.test_transformer import OPTIONS, build, logits
 
@@ -315,3 +317,18 @@ def test_the_cache_holds_no_more_than_can_be_seen():
         cache.prefill([1001], torch.device("cpu"))
     with pytest.raises(ValueError, match="no room"):
         cache.prefill([1] * 4, torch.device("cpu"))
+
+
+@pytest.mark.skipif(native.library("decode") is None, reason="no native decode here")
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(), dict(top_p=0.9, top_k=30, min_p=0.01), dict(repetition_penalty=1.5)],
+                         ids=lambda s: "-".join(s) or "plain")  # fmt: skip
+def test_native_steps_change_nothing(settings, monkeypatch):
+    """Where a native step serves it draws, too, but for a repetition penalty."""
+    model, c, drawn, draw = build().float(), SamplingConfig(**(dict(temperature=1.0, max_tokens=12) | settings)), [], NativeDecoder.draw
+    monkeypatch.setattr(NativeDecoder, "draw", lambda *arguments: drawn.append(1) or draw(*arguments))
+    found = generate(model, PROMPTS, c, rows=3)
+    assert bool(drawn) == ("repetition_penalty" not in settings)
+    monkeypatch.setattr(generation, "decoder", lambda model: None)
+    for fast, plain in zip(found, generate(model, PROMPTS, c, rows=3), strict=True):
+        assert fast.tokens == plain.tokens
+        torch.testing.assert_close(fast.logprobs, plain.logprobs, rtol=1e-4, atol=1e-5)

@@ -158,8 +158,9 @@ def test_control_characters_are_shown_and_not_obeyed():
 
 
 TALKER = """
-import fcntl, termios, time
+import fcntl, signal, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background would hand down that it is ignored
 from nanotrain.stages.chat import converse
 class Talker:
     forgotten, reason = 0, ''
@@ -179,7 +180,8 @@ class Terminal:
     def __init__(self, code: str):
         self.ours, theirs = os.openpty()
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-        self.child = subprocess.Popen([sys.executable, "-c", code], **streams, start_new_session=True, env=os.environ | {"LC_ALL": "C.UTF-8"})
+        plain = {"LC_ALL": "C.UTF-8", "INPUTRC": os.devnull, "PYTHONUNBUFFERED": ""}
+        self.child = subprocess.Popen([sys.executable, "-c", code], **streams, start_new_session=True, env=os.environ | plain)
         os.close(theirs)
         self.read = b""
 
