@@ -162,6 +162,9 @@ class Training:
             c = replace(c, model=replace(c.model, vocab_size=self.shards.vocab_size))
         if c.model.vocab_size < self.shards.vocab_size:
             raise ValueError(f"--model.vocab_size {c.model.vocab_size}: the tokenizer of {c.data.dir} has {self.shards.vocab_size} tokens")
+        prompt = 1 + len(self.tokenizer.encode(c.train.sample_prompt))
+        if c.train.sample_every and c.model.positions == "learned" and prompt >= c.model.context:
+            raise ValueError(f"--train.sample_prompt: its {prompt} tokens leave no room in --model.context {c.model.context}; shorten it")
         self.c = c
         self.loader = Loader(self.shards, length=c.train.length, seed=c.run.seed, device=device)
         dtype = getattr(torch, c.train.dtype)

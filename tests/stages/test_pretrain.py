@@ -499,8 +499,10 @@ def test_out_of_memory_names_the_next_rung(data, tmp_path, monkeypatch, capsys, 
         (("--train.steps=1", "--train.ratios_every=-1"), "--train.ratios_every -1: must be at least 0"),
         (("--train.steps=1", "--log.wandbs=p"), "--log.wandbs: unknown key; did you mean --log.wandb?"),
         (("--train.steps=1", "--model.positions=learned", "--model.context=8"), "--train.length 32"),
+        (("--train.steps=1", "--model.positions=learned", "--model.context=32", "--train.sample_every=1", f"--train.sample_prompt={'1' * 31}"),
+         "--train.sample_prompt: its 32 tokens leave no room in --model.context 32"),
     ],
-)
+)  # fmt: skip
 def test_bad_configurations_stop_before_anything_is_written(data, tmp_path, capsys, change, message):
     assert main(flags(data, tmp_path / "r", *change)) == 2
     assert message in capsys.readouterr().err
