@@ -2,7 +2,8 @@
 
 Prompts are packed end to end and filled into the cache in one forward; then every row takes a token a step, rows that end make
 room, and waiting prompts take their place. A row draws from a generator seeded by its own seed, so what it draws does not
-depend on what else is in the batch (its logits do not either, but for the rounding of a matrix product of another size).
+depend on what else is in the batch. Nor do its logits: to the bit where native steps serve (a CPU), elsewhere but for the rounding
+of a matrix product of another size.
 
 With a draft model, several tokens are proposed by it and checked by one forward of the model; what is accepted has exactly the
 distribution of the model alone. Sources: continuous batching: Orca (OSDI 2022); speculative sampling: arXiv 2211.17192, 2302.01318.
@@ -159,7 +160,9 @@ class Generator:
             if waiting and len(active) < count:
                 admitted = [waiting.popleft()]
                 tokens = len(admitted[0].tokens)
-                while waiting and len(active) + len(admitted) < count and (tokens := tokens + len(waiting[0].tokens)) <= _PREFILL:
+                # Beside native steps, whose bits do not depend on the batch, each prompt is filled in alone: no sample does then, at all.
+                together = count if self.native[self.model] is None else 1
+                while waiting and len(admitted) < min(together, count - len(active)) and (tokens := tokens + len(waiting[0].tokens)) <= _PREFILL:
                     admitted.append(waiting.popleft())
                 first, work, rows = len(active), self._admit, admitted
                 active += admitted

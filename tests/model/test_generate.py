@@ -9,9 +9,10 @@ from nanotrain.kernels import native
 from nanotrain.model import generate as generation
 from nanotrain.model.cache import Cache
 from nanotrain.model.generate import Generator, generate
-from nanotrain.model.native_decode import NativeDecoder
+from nanotrain.model.native_decode import NativeDecoder, decoder
 from nanotrain.model.sampling import SamplingConfig, distribution
-from tests.model.test_transformer import OPTIONS, build, logits
+from nanotrain.model.transformer import build_model
+from tests.model.test_transformer import OPTIONS, build, config, logits
 
 PROMPTS = [[1, 5, 7], [2], [9, 8, 7, 6, 5, 4, 3], [1, 5, 7, 11], [30, 31]]
 GREEDY = SamplingConfig(temperature=0, max_tokens=8)
@@ -332,3 +333,17 @@ def test_native_steps_change_nothing(settings, monkeypatch):
     for fast, plain in zip(found, generate(model, PROMPTS, c, rows=3), strict=True):
         assert fast.tokens == plain.tokens
         torch.testing.assert_close(fast.logprobs, plain.logprobs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_on_a_cpu_not_a_bit_depends_on_the_batch(dtype):
+    """Where native steps serve, log-probabilities too are those of each prompt alone, though its neighbours come, end and make room."""
+    model = build_model(config(width=64, ffn_width=96, kv_heads=2, window=5, window_pattern="sf"), seed=0, dtype=dtype, device="cpu")
+    assert decoder(model) is not None, "no C++ compiler"
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(6 if p.dim() == 2 else 1)
+    c = SamplingConfig(temperature=1.0, max_tokens=12)
+    together = generate(model, PROMPTS, c, seeds=[5, 6, 7, 8, 9], rows=3, stop=frozenset(range(6)))
+    alone = [generate(model, [prompt], c, seeds=[5 + n], stop=frozenset(range(6)))[0] for n, prompt in enumerate(PROMPTS)]
+    assert together == alone and len({len(a.tokens) for a in alone}) > 1
