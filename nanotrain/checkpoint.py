@@ -26,6 +26,8 @@ import numpy as np
 import safetensors
 import torch
 
+from nanotrain.files import sync
+
 FORMAT = 1
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
@@ -62,11 +64,11 @@ def save(parent: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], s
         files["state.json"] = _write(temporary / "state.json", [json.dumps(state, indent=1).encode()])
         manifest = dict(format=FORMAT, step=step, val_bpb=state.get("val_bpb"), files=files)
         _write(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
-        _sync_directory(temporary)
+        sync(temporary)
         if final.exists():
             final.rename(replaced)
         temporary.rename(final)
-        _sync_directory(parent)
+        sync(parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         older = [d.name for d in directories(parent)[-1:]]
@@ -125,14 +127,6 @@ def _write(path: Path, parts) -> dict[str, Any]:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not know its file
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

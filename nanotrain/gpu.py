@@ -38,25 +38,11 @@ class GpuWatch:
                 self._nvml = None
 
     def read(self) -> dict[str, Any] | None:
-        """New figures, or None where it is not yet time for them or there are none; `latest` keeps them.
-
-        gpu_utilisation [percent], gpu_watts, gpu_celsius, gpu_mhz (of the multiprocessors), gpu_memory_bytes (of all processes),
-        gpu_ecc_errors (uncorrected, since the driver was loaded), gpu_throttled (why clocks are lowered, [] where they are not).
-        A figure that the board does not give is None.
-        """
+        """New figures (`read_board`), or None where it is not yet time for them or there are none; `latest` keeps them."""
         if self._nvml is None or time.monotonic() < self._next:
             return None
         self._next = time.monotonic() + self.every_s
-        n, h = self._nvml, self._handle
-        figures = dict(
-            gpu_utilisation=_ask(lambda: n.nvmlDeviceGetUtilizationRates(h).gpu),
-            gpu_watts=_ask(lambda: n.nvmlDeviceGetPowerUsage(h) / 1000),
-            gpu_celsius=_ask(lambda: n.nvmlDeviceGetTemperature(h, n.NVML_TEMPERATURE_GPU)),
-            gpu_mhz=_ask(lambda: n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_SM)),
-            gpu_memory_bytes=_ask(lambda: n.nvmlDeviceGetMemoryInfo(h).used),
-            gpu_ecc_errors=_ask(lambda: n.nvmlDeviceGetTotalEccErrors(h, n.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, n.NVML_VOLATILE_ECC)),
-            gpu_throttled=_ask(lambda: _throttled(n.nvmlDeviceGetCurrentClocksThrottleReasons(h))),
-        )
+        figures = read_board(self._nvml, self._handle)
         self.latest = figures if any(value is not None for value in figures.values()) else None
         return self.latest
 
@@ -64,17 +50,36 @@ class GpuWatch:
 def _handle(nvml: Any, properties: Any) -> Any:
     """NVML's handle of torch's device. Their numbers differ under CUDA_VISIBLE_DEVICES; the board's own identity does not."""
     for prefix in ("GPU-", "MIG-"):
-        handle = _ask(lambda prefix=prefix: nvml.nvmlDeviceGetHandleByUUID(f"{prefix}{properties.uuid}"))
+        handle = ask(lambda prefix=prefix: nvml.nvmlDeviceGetHandleByUUID(f"{prefix}{properties.uuid}"))
         if handle is not None:
             return handle
     address = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     return nvml.nvmlDeviceGetHandleByPciBusId(address)
 
 
-def _ask(question: Callable[[], Any]) -> Any:
+def read_board(nvml: Any, handle: Any) -> dict[str, Any]:
+    """What a board says now; a figure that it does not give is None.
+
+    gpu_utilisation [percent], gpu_watts, gpu_celsius, gpu_mhz (of the multiprocessors), gpu_memory_bytes (of all processes),
+    gpu_ecc_errors (uncorrected, since the driver was loaded), gpu_throttled (why clocks are lowered, [] where they are not).
+    """
+    n, h = nvml, handle
+    return dict(
+        gpu_utilisation=ask(lambda: n.nvmlDeviceGetUtilizationRates(h).gpu),
+        gpu_watts=ask(lambda: n.nvmlDeviceGetPowerUsage(h) / 1000),
+        gpu_celsius=ask(lambda: n.nvmlDeviceGetTemperature(h, n.NVML_TEMPERATURE_GPU)),
+        gpu_mhz=ask(lambda: n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_SM)),
+        gpu_memory_bytes=ask(lambda: n.nvmlDeviceGetMemoryInfo(h).used),
+        gpu_ecc_errors=ask(lambda: n.nvmlDeviceGetTotalEccErrors(h, n.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, n.NVML_VOLATILE_ECC)),
+        gpu_throttled=ask(lambda: _throttled(n.nvmlDeviceGetCurrentClocksThrottleReasons(h))),
+    )
+
+
+def ask(question: Callable[[], Any]) -> Any:
+    """The answer, or None where the board or driver gives none, or the board is lost."""
     try:
         return question()
-    except Exception:  # not supported by this board or driver, or the board is lost: a figure less
+    except Exception:  # the package's errors are as many as drivers have faults: a figure less
         return None
 
 

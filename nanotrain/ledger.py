@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanotrain.console import Console
+from nanotrain.files import replace_file
 from nanotrain.trackers import Tracker, close_trackers, send
 
 
@@ -105,10 +106,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a small file whole or not at all; text as UTF-8."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    temporary.replace(path)

@@ -17,7 +17,7 @@ import numpy as np
 
 from nanotrain.config import HelpRequested
 from nanotrain.console import duration
-from nanotrain.ledger import replace_file
+from nanotrain.files import replace_file
 from nanotrain.memory import format_bytes
 from nanotrain.reporting import health
 from nanotrain.reporting.cards import Charts, Shown, memory_of

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 
 from nanotrain.environment import environment
-from nanotrain.ledger import Ledger, replace_file
+from nanotrain.files import replace_file
+from nanotrain.ledger import Ledger
 
 
 @dataclass(frozen=True)

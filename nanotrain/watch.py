@@ -19,6 +19,7 @@ import numpy as np
 
 from nanotrain.config import HelpRequested
 from nanotrain.console import duration
+from nanotrain.gpu import ask, read_board
 from nanotrain.memory import format_bytes
 from nanotrain.reporting import health
 from nanotrain.reporting.history import History
@@ -229,20 +230,18 @@ class Boards:
         return [self._line(number, handle) for number, handle in enumerate(self._handles)]
 
     def _line(self, number: int, handle: Any) -> str:
-        n = self._nvml
+        figures = read_board(self._nvml, handle)
 
-        def ask(question, form):
-            try:
-                return form(question())
-            except Exception:  # not supported, or the board is lost
-                return "-"
+        def shown(value, form):
+            return "-" if value is None else form(value)
 
-        name = ask(lambda: n.nvmlDeviceGetName(handle), str)
-        load = ask(lambda: n.nvmlDeviceGetUtilizationRates(handle).gpu, "{:.0f}%".format)
-        power = ask(lambda: n.nvmlDeviceGetPowerUsage(handle) / 1000, "{:.0f} W".format)
-        heat = ask(lambda: n.nvmlDeviceGetTemperature(handle, n.NVML_TEMPERATURE_GPU), "{:.0f} °C".format)
-        clock = ask(lambda: n.nvmlDeviceGetClockInfo(handle, n.NVML_CLOCK_SM), "{:,.0f} MHz".format)
-        memory = ask(lambda: n.nvmlDeviceGetMemoryInfo(handle), lambda m: f"{format_bytes(m.used)} of {format_bytes(m.total)}")
+        name = shown(ask(lambda: self._nvml.nvmlDeviceGetName(handle)), str)
+        load = shown(figures["gpu_utilisation"], "{:.0f}%".format)
+        power = shown(figures["gpu_watts"], "{:.0f} W".format)
+        heat = shown(figures["gpu_celsius"], "{:.0f} °C".format)
+        clock = shown(figures["gpu_mhz"], "{:,.0f} MHz".format)
+        total = shown(ask(lambda: self._nvml.nvmlDeviceGetMemoryInfo(handle).total), format_bytes)
+        memory = shown(figures["gpu_memory_bytes"], lambda used: f"{format_bytes(used)} of {total}")
         return f"GPU {number}  {name}  {load}  {power}  {heat}  {clock}  {memory}"
 
 

@@ -7,7 +7,6 @@ JSON header (8 bytes), the header (name, dtype, shape and place of each tensor),
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import safetensors
 import torch
 
+from nanotrain.files import sync
 from nanotrain.model.families import FAMILIES, hf_config, model_config
 from nanotrain.model.transformer import Transformer, empty_model, meta_model
 
@@ -239,9 +239,9 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
         folder.mkdir(parents=True)
         yield folder
         for written in (*folder.rglob("*"), folder):
-            _sync(written)
+            sync(written)
         folder.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     except OSError as error:  # by the name it was to have; a failed write names none
         named = Path(error.filename or folder)
         if error.errno and named.is_relative_to(folder):
@@ -249,14 +249,6 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanotrain import config as configs
+from nanotrain.files import replace_file
 from nanotrain.hf_tokenizer import encode_messages
 from nanotrain.model.generate import Generator
 from nanotrain.model.sampling import SamplingConfig, check_sampling
 from nanotrain.model.transformer import Transformer
 from nanotrain.pretrained import ModelSource, load_pretrained, with_directory
-from nanotrain.run import choose_device, replace_file
+from nanotrain.run import choose_device
 from nanotrain.terminal import aside, write
 
 

@@ -15,8 +15,8 @@ import torch
 
 from nanotrain import checkpoint
 from nanotrain import config as configs
+from nanotrain.files import replace_file
 from nanotrain.hf_tokenizer import save_hf_tokenizer
-from nanotrain.ledger import replace_file
 from nanotrain.model.families import hf_config
 from nanotrain.model.hf import save_hf, whole_directory
 from nanotrain.model.transformer import Transformer

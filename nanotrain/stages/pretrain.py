@@ -25,8 +25,8 @@ from nanotrain.data.loader import Batch, Loader
 from nanotrain.data.shards import TokenShards, file_sha256
 from nanotrain.environment import peak_flops
 from nanotrain.eval import bits_per_byte
+from nanotrain.files import replace_file
 from nanotrain.gpu import GpuWatch
-from nanotrain.ledger import replace_file
 from nanotrain.model.generate import generate
 from nanotrain.model.sampling import SamplingConfig
 from nanotrain.model.transformer import Dropout, ModelConfig, Transformer, build_model, parameter_count
