@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from functools import cache
 
 import torch
 from nanotrain.kernels.native import library
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on Linux: the references serve
+    triton = tl = None
 
 IMPLEMENTATIONS = ("auto", "triton", "native", "reference")
 
@@ -15,10 +20,40 @@ launches: Counter[str] = Counter()
 """Launches of Triton kernels and calls of C++ functions by name, so that a test can see which path a call took."""
 
 
+def jit(function):
+    """`triton.jit`; without triton the function as it is, which nothing then calls."""
+    return function if triton is None else triton.jit(function)
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+    """Run a kernel on a grid of programs, counted in `launches`; the first argument is a tensor on the device to run on.
+
+    `options` are the kernel's constexprs and num_warps, num_stages.
+    """
+    launches[kernel.__name__] += 1
+    device = arguments[0].device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, **options)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **options)
+
+
 @cache
-def has_triton() -> bool:
-    """True where the triton package can be imported."""
-    return importlib.util.find_spec("triton") is not None
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the GPU, by which kernels that stride over their work count their programs.
+
+    132 (an H100's) for tensors without storage, on which kernels are only compiled; 2 on a CPU, where the interpreter runs them, so that
+    programs have more than one piece of work there too.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 2
+
+
+def has_kernel(*tensors: torch.Tensor) -> bool:
+    """Whether Triton kernels serve the dtypes of these tensors: fp32, fp16 and bf16 (float64 is the references')."""
+    return all(tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) for tensor in tensors)
 
 
 def has_native(dtype: torch.dtype, device: torch.device) -> bool:
@@ -49,14 +84,26 @@ def choose(op: str, impl: str, *tensors: torch.Tensor, triton: bool = False, nat
         return "native"
     on_gpu = all(device.type == "cuda" for device in devices)
     if impl == "auto":
-        if triton and on_gpu and has_triton():
+        if triton and on_gpu and tl is not None:
             return "triton"
         return "native" if native and _hindrance(tensors, native) is None else "reference"
     if not triton:
-        raise RuntimeError(f"{op}: impl='triton' asked for, but {op} has no Triton kernel; use impl='auto'")
-    if not has_triton():
+        raise RuntimeError(f"{op}: impl='triton' asked for, but {op} has no Triton kernel for these arguments; use impl='auto'")
+    if tl is None:
         raise RuntimeError(f"{op}: impl='triton' asked for, but triton is not installed; pip install triton")
+    if devices == {torch.device("cpu")} and not _interpreted():
+        raise RuntimeError(f"{op}: impl='triton' asked for on a CPU; set TRITON_INTERPRET=1 before Python starts, or use impl='auto'")
     return "triton"
+
+
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which was decided as they were decorated."""
+    return not isinstance(_probe, triton.JITFunction)
+
+
+@jit
+def _probe():
+    pass
 
 
 def _hindrance(tensors: tuple[torch.Tensor, ...], native: bool) -> str | None:
