@@ -1,4 +1,7 @@
-"""A small real corpus, prepared once for the whole session: a few modules of this Python's own library."""
+"""A small real corpus, prepared once for the whole session: a few modules of this Python's own library.
+
+Without a GPU, Triton's kernels run in its interpreter, which must be said before triton is imported.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from nanotrain.__main__ import main
 
