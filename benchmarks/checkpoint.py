@@ -17,7 +17,8 @@ import torch
 
 from benchmarks.common import interleaved, ratio, write_rows
 from nanotrain import checkpoint
-from nanotrain.model.transformer import ModelConfig, build_model
+from nanotrain.model.build import build_model
+from nanotrain.model.transformer import ModelConfig
 from nanotrain.optim import OptimConfig, Optimizer
 
 

@@ -14,10 +14,11 @@ from dataclasses import replace
 import torch
 
 from benchmarks.common import interleaved, ratio, write_rows
+from nanotrain.model.build import build_model, parameter_count
 from nanotrain.model.generate import generate
 from nanotrain.model.hf import save_hf
 from nanotrain.model.sampling import SamplingConfig
-from nanotrain.model.transformer import ModelConfig, build_model, parameter_count
+from nanotrain.model.transformer import ModelConfig
 
 WAYS = {
     "greedy": (dict(temperature=0.0), dict(do_sample=False)),

@@ -28,7 +28,8 @@ from benchmarks.plain import PlainLoop
 from nanotrain.data.loader import Batch
 from nanotrain.losses import IGNORED
 from nanotrain.memory import PeakMemory, format_bytes, keep_freed_memory
-from nanotrain.model.transformer import ModelConfig, build_model, initial_value, meta_model, parameter_count
+from nanotrain.model.build import build_model, initial_value, meta_model, parameter_count
+from nanotrain.model.transformer import ModelConfig
 from nanotrain.optim import OptimConfig, Optimizer
 from nanotrain.stages import pretrain
 

@@ -20,7 +20,7 @@ from nanotrain.__main__ import main as nanotrain
 from nanotrain.data.loader import Loader
 from nanotrain.data.shards import TokenShards
 from nanotrain.eval import bits_per_byte
-from nanotrain.model.transformer import build_model
+from nanotrain.model.build import build_model
 from nanotrain.optim import OptimConfig, schedule_factor
 from nanotrain.quickstart import Config
 

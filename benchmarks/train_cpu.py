@@ -21,7 +21,8 @@ from benchmarks.plain import PlainLoop
 from nanotrain import quickstart
 from nanotrain.data.loader import Loader
 from nanotrain.data.shards import TokenShards
-from nanotrain.model.transformer import ModelConfig, build_model
+from nanotrain.model.build import build_model
+from nanotrain.model.transformer import ModelConfig
 from nanotrain.optim import OptimConfig, Optimizer
 from nanotrain.run import Run
 from nanotrain.stages import pretrain

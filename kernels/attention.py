@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from nanotrain.kernels.cpu import call
 from nanotrain.kernels.random import philox
-from nanotrain.kernels.runtime import choose, compute_dtype
+from nanotrain.kernels.runtime import choose, compute_dtype, on_gpu
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -325,6 +325,15 @@ def flash_attention_reference(
     return (out, lse) if return_lse else out
 
 
+def _library(q_BTHD, k_BSKD, v_BSKD, cu_seqlens, scale, window):
+    """Causal attention inside packed documents by the FlashAttention that torch ships: on a GPU the reference would read offsets on the host."""
+    from torch.nn.attention.varlen import varlen_attn  # seconds to import, and of no use on a CPU
+
+    (_, T, H, _), K = q_BTHD.shape, k_BSKD.shape[2]
+    q, k, v = q_BTHD[0], *(x[0].repeat_interleave(H // K, 1) if K != H else x[0] for x in (k_BSKD, v_BSKD))
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, scale=scale, window_size=(window - 1 if window else -1, 0))[None]
+
+
 def flash_attention(
     q_BTHD, k_BSKD, v_BSKD, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
     cu_seqlens=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False, deterministic=False,
@@ -386,6 +395,11 @@ def flash_attention(
     if bias is not None and (bias.dim() > 4 or any(n not in (1, limit or n) for n, limit in zip(bias.shape[::-1], limits, strict=False))):
         raise ValueError(f"flash_attention: bias {tuple(bias.shape)} does not broadcast to {(B, H, T, S)}")
     choose("flash_attention", impl, q_BTHD, k_BSKD, v_BSKD, native=True)
+    plain = all(x is None for x in (softcap, sinks, alibi_slopes, bias, prefix_len, cu_seqlens_k, q_start)) and not (dropout_p or return_lse)
+    heads = q_BTHD.shape[3] == v_BSKD.shape[3] <= 256 and q_BTHD.shape[3] % 8 == 0
+    half = q_BTHD.dtype in (torch.bfloat16, torch.float16)
+    if impl == "auto" and on_gpu(q_BTHD.device) and plain and heads and half and causal and cu_seqlens is not None:
+        return _library(q_BTHD, k_BSKD, v_BSKD, cu_seqlens, scale, window)
     return flash_attention_reference(
         q_BTHD, k_BSKD, v_BSKD, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, alibi_slopes=alibi_slopes,
         bias=bias, prefix_len=prefix_len, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, q_start=q_start, k_start=k_start,

@@ -257,17 +257,17 @@ def _norm_weight_kernel(
 
 
 WIDEST = 8192
-"""Columns up to which a row is held in registers: 16 of its elements a thread with 16 warps, beside as many sums for the weight."""
+"""Columns up to which a row is held in registers, beside as many sums for the weight."""
 
 _TILE = 2048
 """Elements of a tile of narrow rows: bytes enough in flight, and few enough programs."""
 
 
-def _tile(width: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a tile for rows of `width`: a warp for each 512 elements, between 4 and 16."""
+def _tile(width: int, per_thread: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a tile for rows of `width`, with so many elements a thread."""
     block = min(WIDEST, 1 << max(0, width - 1).bit_length())
     rows = max(1, _TILE // block)
-    return rows, block, min(16, max(4, rows * block // 512))
+    return rows, block, min(32, max(4, rows * block // (32 * per_thread)))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -285,7 +285,7 @@ def _forward(x, weight, bias, eps, offset, residual, centred):
     total = x if residual is None else torch.empty_like(y)
     inverses = torch.empty(count, dtype=torch.float32, device=x.device)
     means = torch.empty_like(inverses) if centred else None
-    rows, block, warps = _tile(width)
+    rows, block, warps = _tile(width, 16)
     launch(
         _norm_forward_kernel, (-(-count // rows),), x, x if residual is None else residual, weight, weight if bias is None else bias, y, total,
         inverses if means is None else means, inverses, x.stride(0), 0 if residual is None else residual.stride(0), count, width, eps, offset,
@@ -300,7 +300,7 @@ def _backward(grad, grad_total, x, weight, means, inverses, offset, has_bias):
     grad, weight = _rows(grad), weight.contiguous()
     grad_total = None if grad_total is None else _rows(grad_total)
     (count, width), grad_x = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, block, warps = _tile(width)
+    rows, block, warps = _tile(width, 8)  # with more, what a thread holds (x, the gradient, weight and sums) spills
     programs = min(2 * multiprocessors(x.device), max(1, -(-count // rows)))
     sums = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     bias_sums = torch.empty_like(sums) if has_bias else sums

@@ -17,22 +17,20 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _multiply(a: int, b: int | torch.Tensor) -> tuple[int | torch.Tensor, int | torch.Tensor]:
     """High and low 32 bits of the product of two 32-bit numbers, without leaving int64."""
     low, high = (b & 0xFFFF) * a, (b >> 16) * a
     high = high + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(seed: int | torch.Tensor, c0, c1, c2, c3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Four uniform 32-bit words (int64 tensors in [0, 2**32)) for a 64-bit seed and four 32-bit counters.
+def philox(seed: int | torch.Tensor, c0, c1, c2, c3):
+    """Four uniform 32-bit words for a 64-bit seed and four 32-bit counters.
 
-    Seed and counters are ints or int64 tensors that broadcast against each other; at least one is a tensor.
+    Seed and counters are ints or int64 tensors that broadcast against each other: where one is a tensor the words are int64 tensors in
+    [0, 2**32), else ints. Ints never travel to a device, so nothing waits for it.
     """
-    arguments = (seed, c0, c1, c2, c3)
-    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
-    seed, *counters = (torch.as_tensor(a, dtype=torch.int64, device=device) for a in arguments)
-    c0, c1, c2, c3 = (c & _MASK for c in torch.broadcast_tensors(*counters))
+    c0, c1, c2, c3 = (c & _MASK for c in (c0, c1, c2, c3))
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)
@@ -47,13 +45,10 @@ def mix_seed(seed: int | torch.Tensor, *words: int | torch.Tensor) -> int | torc
 
     Ints in, int out; a tensor anywhere makes the result an int64 tensor of the broadcast shape.
     """
-    tensors = any(isinstance(a, torch.Tensor) for a in (seed, *words))
-    state = seed if tensors else torch.tensor(seed)
     for word in words:
-        high = word >> 32
-        a, b, _, _ = philox(state, word, high, 0x6E616E6F, 0)
-        state = ((a & 0x7FFFFFFF) << 32) | b
-    return state if tensors else int(state)
+        a, b, _, _ = philox(seed, word, word >> 32, 0x6E616E6F, 0)
+        seed = ((a & 0x7FFFFFFF) << 32) | b
+    return seed
 
 
 def dropout_reference(x: torch.Tensor, p: float, seed: int, counters: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,11 @@ def multiprocessors(device: torch.device) -> int:
     return 132 if device.type == "meta" else 2
 
 
+def on_gpu(device: torch.device) -> bool:
+    """Whether `impl="auto"` takes kernels for tensors on the device."""
+    return device.type == "cuda"
+
+
 def has_kernel(*tensors: torch.Tensor) -> bool:
     """Whether Triton kernels serve the dtypes of these tensors: fp32, fp16 and bf16 (float64 is the references')."""
     return all(tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) for tensor in tensors)
@@ -82,9 +87,8 @@ def choose(op: str, impl: str, *tensors: torch.Tensor, triton: bool = False, nat
         if (hindrance := _hindrance(tensors, native)) is not None:
             raise RuntimeError(f"{op}: impl='native' asked for, but {hindrance}; use impl='auto'")
         return "native"
-    on_gpu = all(device.type == "cuda" for device in devices)
     if impl == "auto":
-        if triton and on_gpu and tl is not None:
+        if triton and tl is not None and all(map(on_gpu, devices)):
             return "triton"
         return "native" if native and _hindrance(tensors, native) is None else "reference"
     if not triton:

@@ -17,9 +17,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanotrain.kernels import token_loss
-from nanotrain.kernels.runtime import has_native
-from nanotrain.model.transformer import Dropout, ModelConfig, Transformer, parameter_count
-from nanotrain.optim import STACKED
+from nanotrain.kernels.runtime import has_native, on_gpu, triton
+from nanotrain.model.build import meta_model
+from nanotrain.model.transformer import Dropout, ModelConfig, Transformer
+from nanotrain.optim import OptimConfig, Optimizer
 
 
 @dataclass(frozen=True)
@@ -62,29 +63,40 @@ class MemoryPlan:
         return max(0, int((0.75 * self.available - self.fixed) // max(1, self.activations_per_row)))
 
 
-def plan(c: ModelConfig, *, dtype: torch.dtype, length: int, rows: int, accumulate: int, muon: bool, device: torch.device) -> MemoryPlan:
+def plan(
+    c: ModelConfig, optim: OptimConfig, *, dtype: torch.dtype, length: int, rows: int, accumulate: int, device: torch.device
+) -> MemoryPlan:  # fmt: skip
     """Plan for a resolved config, micro-batches of `rows` rows of `length` tokens, `accumulate` of them to a step."""
-    count = parameter_count(c)
-    hidden = c.layers * _block_matrices(c) if muon else 0
-    wide = 8 if dtype == torch.float64 else 4
-    masters = count * wide if dtype.itemsize < wide else 0
-    moments = hidden * wide + (count - hidden) * 2 * wide
+    optimizer = Optimizer(meta_model(c).to(dtype), optim)
+    count, wide = sum(p.numel() for p in optimizer.params.values()), optimizer.wide.itemsize
     gradients = count * (dtype.itemsize + (wide if accumulate > 1 else 0))
     native = has_native(dtype, device)
     logits = max(token_loss._CHUNK, 16 * c.vocab_size) * (dtype.itemsize if native and not c.logit_softcap else 3 * wide)
     head = logits + c.vocab_size * c.width * wide
-    stack = 5 * max(min(hidden, STACKED), c.width * c.ffn_width) if muon else 0
-    update = (stack if native else max(stack, count - hidden)) * wide  # where it is not one pass, AdamW scales a wide copy of its gradients
     activations = activation_bytes(c, dtype=dtype, length=length, rows=rows)
     gate = 3 * dtype.itemsize if native and c.activation != "gelu" else (6 if dtype.itemsize < wide else 3) * wide
     feed_forward = gate * rows * length * c.ffn_width
     per_row = -(-(activations + feed_forward) // rows)
-    return MemoryPlan(count * dtype.itemsize, gradients, masters + moments, per_row, head + update, rows, available_memory(device))
+    state = sum(t.nbytes for t in optimizer.state().values())
+    workspace = head + _update_bytes(optimizer, native, device)
+    return MemoryPlan(count * dtype.itemsize, gradients, state, per_row, workspace, rows, available_memory(device))
 
 
-def _block_matrices(c: ModelConfig) -> int:
-    attention = 2 * c.width * c.head_dim * (c.heads + c.kv_heads)
-    return attention + c.width * c.ffn_width * (2 if c.activation == "gelu" else 3)
+def _update_bytes(optimizer: Optimizer, native: bool, device: torch.device) -> int:
+    """The most that an update holds for a moment: what Muon makes of a stack, wide copies where it is not one pass, the bits of rounding."""
+    c, wide = optimizer.c, optimizer.wide.itemsize
+    stack = 5 * wide * max((momentum.numel() for *_, momentum in optimizer.stacks()), default=0)
+    rest = [p.numel() for p in optimizer.rest.values()]
+    adam, copied = c.name in ("muon", "adamw"), c.moments == "bfloat16"
+    kernels = on_gpu(device) and triton is not None
+    if kernels or (native and adam and not copied and optimizer.seed is None):
+        copies = 0
+    elif adam:  # of all gradients at once, of moments and of parameters that are narrower
+        copies = sum(rest) * wide * (1 + 2 * copied + (optimizer.seed is not None))
+    else:
+        copies = 6 * max(rest) * wide
+    rounded = [] if optimizer.seed is None else [optimizer.params[n].numel() for n in optimizer.muon] + ([] if kernels else rest)
+    return max(stack, copies) + 64 * max(rounded, default=0)  # eight int64 for each element
 
 
 def activation_bytes(c: ModelConfig, *, dtype: torch.dtype, length: int, rows: int) -> int:
@@ -188,7 +200,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def ladder(*, micro_batch: int, accumulate: int, recompute: str, muon: bool) -> str:
+def ladder(*, micro_batch: int, accumulate: int, recompute: str, optim: OptimConfig, dtype: str) -> str:
     """What takes less memory, the next rung first, with its flags."""
     rungs = []
     if recompute != "full":
@@ -196,6 +208,12 @@ def ladder(*, micro_batch: int, accumulate: int, recompute: str, muon: bool) -> 
     if micro_batch > 1:
         smaller = max(d for d in range(1, micro_batch) if micro_batch % d == 0)
         rungs.append(f"--train.micro_batch={smaller} --train.accumulate={accumulate * (micro_batch // smaller)} (the same step)")
-    if not muon:
+    if optim.name == "adamw":
         rungs.append("--optim.name=muon (one moment in place of two)")
+    if optim.name != "adafactor" and optim.moments == "float32":
+        rungs.append("--optim.moments=bfloat16 (half the moments' size)")
+    if optim.masters and dtype == "bfloat16":
+        rungs.append("--optim.masters=false (no fp32 copy of the parameters)")
+    if optim.name != "adafactor":
+        rungs.append("--optim.name=adafactor (hardly any moments)")
     return "; then ".join([*rungs, "a shorter --train.length or a smaller --model.preset"])

@@ -11,8 +11,9 @@ import torch
 
 from nanotrain import checkpoint
 from nanotrain.hf_tokenizer import load_hf_tokenizer
+from nanotrain.model.build import empty_model
 from nanotrain.model.hf import existing_directory, fill, load_hf, open_tensors
-from nanotrain.model.transformer import ModelConfig, Transformer, empty_model
+from nanotrain.model.transformer import ModelConfig, Transformer
 
 
 @dataclass(frozen=True)

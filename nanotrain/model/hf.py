@@ -18,8 +18,9 @@ import safetensors
 import torch
 
 from nanotrain.files import sync
+from nanotrain.model.build import empty_model, meta_model
 from nanotrain.model.families import FAMILIES, hf_config, model_config
-from nanotrain.model.transformer import Transformer, empty_model, meta_model
+from nanotrain.model.transformer import Transformer
 
 
 def load_hf(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:

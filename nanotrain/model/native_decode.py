@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from nanotrain.kernels import native
+from nanotrain.model.build import meta_model
 from nanotrain.model.cache import Decode
 from nanotrain.model.linear import Linear
 from nanotrain.model.positions import alibi_slopes
 from nanotrain.model.sampling import SamplingConfig
-from nanotrain.model.transformer import ModelConfig, Norm, Transformer, meta_model
+from nanotrain.model.transformer import ModelConfig, Norm, Transformer
 
 
 class _Weights(Structure):

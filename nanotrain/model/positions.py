@@ -8,6 +8,7 @@ ALiBi arXiv 2108.12409.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 
@@ -49,9 +50,10 @@ def rope_frequencies(c, length: int = 0) -> tuple[torch.Tensor, float]:
     return frequencies, 1.0
 
 
-def alibi_slopes(heads: int) -> torch.Tensor:
+@cache
+def alibi_slopes(heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """ALiBi's slope of each head (H,): powers of 2^(-8/n) for n heads a power of two, else interleaved with the next power's."""
     n = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
-    return torch.tensor(slopes)
+    return torch.tensor(slopes, device=device)

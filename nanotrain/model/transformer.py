@@ -9,7 +9,6 @@ Documents are packed: tokens (1, N) with `cu_seqlens`, positions counted from ea
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,12 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from nanotrain.config import at_least
 from nanotrain.kernels.attention import flash_attention
+from nanotrain.kernels.dropout import dropout_add
 from nanotrain.kernels.gated import geglu, swiglu
+from nanotrain.kernels.lookup import embedding
 from nanotrain.kernels.norm import layer_norm, rms_norm
-from nanotrain.kernels.random import dropout_reference, mix_seed
-from nanotrain.kernels.rotary import rope
+from nanotrain.kernels.random import mix_seed
+from nanotrain.kernels.rotary import qk_norm_rope, rope
 from nanotrain.kernels.token_loss import linear_cross_entropy
-from nanotrain.model.linear import Linear, empty_side_by_side, project
+from nanotrain.model.linear import Linear, project
 from nanotrain.model.positions import alibi_slopes, rope_frequencies
 from nanotrain.model.presets import PRESETS
 
@@ -208,19 +209,21 @@ class Attention(nn.Module):
         c, (B, T, _) = self.c, x_BTC.shape
         # Heads are counted by the weights' shapes, not by the config: a shard holds its part of them.
         q, k, v = (y.view(B, T, -1, c.head_dim) for y in project((self.q_proj, self.k_proj, self.v_proj), x_BTC))
-        if c.qk_norm:
+        if c.qk_norm and rotary is not None:
+            weights = self.q_norm.weight, self.k_norm.weight
+            q, k = qk_norm_rope(q, k, *weights, *rotary, positions=positions_BT, eps=c.norm_eps, offset=c.norm_offset)
+        elif c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = rope(q, k, *rotary, positions=positions_BT)
+        elif rotary is not None:
+            q, k = rope(q, k, *rotary, positions=positions_BT, inplace=True)
         options = dict(self.options)
         if c.positions == "alibi":
-            heads = q.shape[2]
-            options["alibi_slopes"] = alibi_slopes(c.heads)[self.head_start : self.head_start + heads].to(q.device)
+            options["alibi_slopes"] = alibi_slopes(c.heads, q.device)[self.head_start : self.head_start + q.shape[2]]
         if cache is not None:
             return self.o_proj(cache.attend(self.layer, q, k, v, **options).reshape(B, T, -1))
         if dropout is not None and c.dropout:
             starts = dropout.counters_BT[:, 0] if cu_seqlens is None else dropout.counters_BT[0, cu_seqlens[:-1].long()]
-            options.update(dropout_p=c.dropout, seed=mix_seed(dropout.seed, starts, torch.tensor(self.layer, device=q.device)))
+            options.update(dropout_p=c.dropout, seed=mix_seed(dropout.seed, starts, self.layer))
         out = self.attend(q, k, v, cu_seqlens=cu_seqlens, head_start=self.head_start, **options)
         return self.o_proj(out.reshape(B, T, -1))
 
@@ -262,19 +265,21 @@ class Block(nn.Module):
     def _forward(self, x, positions_BT, rotary, cu_seqlens, dropout, cache=None, recompute_mlp=False):
         mlp = (lambda h: _recomputed(self.mlp, h)) if recompute_mlp else self.mlp
         if self.c.norm_position == "post":
-            x = self.attention_norm(self._drop(self.attention(x, positions_BT, rotary, cu_seqlens, dropout, cache), dropout, 0), x)[0]
-            return self.mlp_norm(self._drop(mlp(x), dropout, 1), x)[0]
+            x = self._add(self.attention_norm, self.attention(x, positions_BT, rotary, cu_seqlens, dropout, cache), x, dropout, 0)[0]
+            return self._add(self.mlp_norm, mlp(x), x, dropout, 1)[0]
         attended = self.attention(self.attention_norm(x), positions_BT, rotary, cu_seqlens, dropout, cache)
-        normed, x = self.mlp_norm(self._drop(self._after(self.attention_post_norm, attended), dropout, 0), x)
-        return x + self._drop(self._after(self.mlp_post_norm, mlp(normed)), dropout, 1)
+        normed, x = self._add(self.mlp_norm, self._after(self.attention_post_norm, attended), x, dropout, 0)
+        return self._add(None, self._after(self.mlp_post_norm, mlp(normed)), x, dropout, 1)
 
     def _after(self, norm, branch):
         return branch if norm is None else norm(branch)
 
-    def _drop(self, branch, dropout, site):
-        if dropout is None or not self.c.dropout:
-            return branch
-        return dropout_reference(branch, self.c.dropout, mix_seed(dropout.seed, self.layer, 2 + site), dropout.counters_BT)
+    def _add(self, norm, branch, x, dropout, site):
+        """x + dropout(branch); with a norm, (what it makes of that, that)."""
+        if dropout is not None and self.c.dropout:
+            x = dropout_add(branch, x, self.c.dropout, mix_seed(dropout.seed, self.layer, 2 + site), dropout.counters_BT)
+            return x if norm is None else (norm(x), x)
+        return x + branch if norm is None else norm(branch, x)
 
 
 def _recomputed(function, *arguments):
@@ -308,7 +313,7 @@ class Transformer(nn.Module):
     """tokens -> embed -> blocks -> hidden states; `head` turns those into log-probabilities or logits.
 
     `embed`, `blocks` (keyed by global layer number) and `head` stand alone, so a pipeline stage may hold a part of them:
-    where `embed` is None the input is a residual tensor instead of tokens. Built on the meta device by `meta_model`.
+    where `embed` is None the input is a residual tensor instead of tokens. model/build.py makes it.
     """
 
     def __init__(self, c: ModelConfig):
@@ -340,67 +345,14 @@ class Transformer(nn.Module):
         max_position  largest position plus one, where the host knows it; 0 takes the config's context
         """
         if self.embed is not None:
-            x = F.embedding(x, self.embed.weight)
+            x = embedding(x, self.embed.weight)
             if self.c.scale_embedding:
                 x = x * torch.tensor(math.sqrt(self.c.width), dtype=x.dtype)
             if self.embed_positions is not None:
-                x = x + F.embedding(positions_BT, self.embed_positions.weight)
+                x = x + embedding(positions_BT, self.embed_positions.weight)
             if dropout is not None and self.c.embedding_dropout:
-                x = dropout_reference(x, self.c.embedding_dropout, mix_seed(dropout.seed, -1, 0), dropout.counters_BT)
+                x = dropout_add(x, None, self.c.embedding_dropout, mix_seed(dropout.seed, -1, 0), dropout.counters_BT)
         rotary = self.rotary_tables(max_position or self.c.context, x.device)
         for block in self.blocks.values():
             x = block(x, positions_BT, rotary, cu_seqlens, dropout, cache)
         return x
-
-
-def meta_model(c: ModelConfig) -> Transformer:
-    """The model without storage, for counting, planning and loading; `c` must be resolved."""
-    with torch.device("meta"):
-        return Transformer(c)
-
-
-def empty_model(c: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> Transformer:
-    """The model of a resolved config with storage but no values, to be loaded; made without a second copy of anything."""
-    model = meta_model(c)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            empty_side_by_side((module.q_proj, module.k_proj, module.v_proj), dtype, device)
-        elif isinstance(module, FeedForward) and module.gate_proj is not None:
-            empty_side_by_side((module.gate_proj, module.up_proj), dtype, device)
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.device.type == "meta":
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device)))
-    if c.tied:
-        model.head.weight = model.embed.weight
-    return model
-
-
-@torch.no_grad()
-def build_model(c: ModelConfig, *, seed: int, dtype: torch.dtype, device: torch.device | str) -> Transformer:
-    """The model on `device` in `dtype` with initial weights, each a function of the seed and the parameter's name only.
-
-    Matrices are normal with init_std, those that write to the residual stream (o_proj, down_proj) with
-    init_std / sqrt(2 * layers); norms scale by 1, biases are 0. Made one tensor at a time in fp32, never twice in memory.
-    """
-    model = empty_model(c, dtype=dtype, device=device)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(name, parameter.shape, c, seed))
-    return model
-
-
-def initial_value(name: str, shape: torch.Size, c: ModelConfig, seed: int) -> torch.Tensor:
-    """The initial fp32 value of one parameter on the CPU."""
-    if name.endswith(".bias"):
-        return torch.zeros(shape)
-    if len(shape) == 1:
-        return torch.full(shape, 1.0 - c.norm_offset)
-    residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-    std = c.init_std / math.sqrt(2 * c.layers) if residual else c.init_std
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(shape, generator=generator) * std
-
-
-def parameter_count(c: ModelConfig) -> int:
-    """Parameters of a resolved config, a tied matrix counted once."""
-    return sum(p.numel() for p in meta_model(c).parameters())

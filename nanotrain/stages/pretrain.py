@@ -12,6 +12,7 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,9 +28,11 @@ from nanotrain.environment import peak_flops
 from nanotrain.eval import bits_per_byte
 from nanotrain.files import replace_file
 from nanotrain.gpu import GpuWatch
+from nanotrain.graphs import CapturedStep
+from nanotrain.model.build import build_model, parameter_count
 from nanotrain.model.generate import generate
 from nanotrain.model.sampling import SamplingConfig
-from nanotrain.model.transformer import Dropout, ModelConfig, Transformer, build_model, parameter_count
+from nanotrain.model.transformer import Dropout, ModelConfig, Transformer
 from nanotrain.optim import OptimConfig, Optimizer, StepResult, check_optim, schedule_factor
 from nanotrain.run import Run, RunConfig, choose_device
 from nanotrain.session import Progress, Session
@@ -90,6 +93,8 @@ class TrainConfig:
     """Before giving up [roll-backs]."""
     max_skipped: int = 50
     """Not finite in a row, before giving up [steps]."""
+    cuda_graph: bool = False
+    """Submit a step to the GPU as one captured graph, which spares the host its launches; bfloat16 or float16."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +145,13 @@ def check(c: Config) -> None:
         )
     if c.model.positions == "learned" and t.length > c.model.context:
         raise ValueError(f"--train.length {t.length}: learned positions end at --model.context {c.model.context}")
+    uncapturable = c.model.positions == "alibi" or c.model.dropout or c.model.attention_softcap or c.model.head_dim % 8 or c.model.head_dim > 256
+    if t.cuda_graph and (uncapturable or t.dtype not in ("bfloat16", "float16")):
+        raise ValueError("--train.cuda_graph: attention in fp32, with ALiBi, dropout, a soft cap or a head dim that is no multiple of 8 up to 256"
+                         " reads on the host where documents start; leave the graph off")  # fmt: skip
     if t.early_stop and not t.val_every:
         raise ValueError(f"--train.early_stop {t.early_stop}: counts validations; set --train.val_every too")
-    check_optim(c.optim)
+    check_optim(c.optim, c.train.dtype)
     check_trackers(c.log)
 
 
@@ -169,19 +178,22 @@ class Training:
         self.loader = Loader(self.shards, length=c.train.length, seed=c.run.seed, device=device)
         dtype = getattr(torch, c.train.dtype)
         self.plan = memory.plan(
-            c.model, dtype=dtype, length=c.train.length, rows=c.train.micro_batch, accumulate=c.train.accumulate,
-            muon=c.optim.name == "muon", device=device,
-        )  # fmt: skip
+            c.model, c.optim, dtype=dtype, length=c.train.length, rows=c.train.micro_batch, accumulate=c.train.accumulate, device=device
+        )
         self.parameters = parameter_count(c.model)
         self.announce()
         self.peak = memory.PeakMemory(device)
         if device.type == "cpu":
             memory.keep_freed_memory()
         self.model = build_model(c.model, seed=c.run.seed, dtype=dtype, device=device)
-        self.optimizer = Optimizer(self.model, c.optim)
+        self.optimizer = Optimizer(self.model, c.optim, c.run.seed)
         facts = dict(model=asdict(c.model), dtype=c.train.dtype, seed=c.run.seed, length=c.train.length, **fingerprints)
         self.session = Session(folder, self.model, self.optimizer, facts, c.checkpoint.keep)
         self.gpu = GpuWatch(device)
+        self.step = partial(step, self.model, self.optimizer, seed=c.run.seed)
+        if c.train.cuda_graph:
+            self.optimizer.keep_gradients = True
+            self.step = CapturedStep(self.step, c.train.length)
 
     def announce(self) -> None:
         """Before anything large is made: model, data, batch, what linear scaling would suggest, and the memory plan."""
@@ -192,7 +204,7 @@ class Training:
         say(f"pretrain: {batch:,} tokens a step ({c.train.micro_batch} rows of {c.train.length}, {c.train.accumulate} times), {c.optim.name}")
         if batch != c.optim.tuned_batch:
             ratio = batch / c.optim.tuned_batch
-            rates = dict(lr=c.optim.adamw_lr, embedding_lr=c.optim.adamw_embedding_lr, muon_lr=c.optim.muon_lr)
+            rates = dict(lr=c.optim.peak_lr, embedding_lr=c.optim.peak_embedding_lr, muon_lr=c.optim.muon_lr)
             say(f"pretrain: rates were tuned at {c.optim.tuned_batch:,} tokens a step; the linear scaling rule suggests"
                 f" {' '.join(f'--optim.{n}={rate * ratio:.3g}' for n, rate in rates.items())} --optim.tuned_batch={batch}")  # fmt: skip
         say(f"memory: {self.plan}")
@@ -213,9 +225,11 @@ class Training:
         )  # fmt: skip
 
 
-def step(model: Transformer, optimizer: Optimizer, batches: list[Batch], factor: float, seed: int) -> tuple[torch.Tensor, StepResult]:
+def step(
+    model: Transformer, optimizer: Optimizer, batches: list[Batch], factor: float | torch.Tensor, seed: int
+) -> tuple[torch.Tensor, StepResult]:  # fmt: skip
     """One update from several micro-batches; returns the mean loss over all their counted tokens, and what was done."""
-    denominator = sum(batch.counted for batch in batches)
+    denominator = sum(batch.counted for batch in batches)  # on the host, or on the device where the step is captured
     parts = []
     for batch in batches:
         loss = forward(model, batch, denominator, seed, optimizer.loss_scale)
@@ -227,7 +241,7 @@ def step(model: Transformer, optimizer: Optimizer, batches: list[Batch], factor:
     return total, optimizer.step(factor, total)
 
 
-def forward(model: Transformer, batch: Batch, denominator: int, seed: int, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+def forward(model: Transformer, batch: Batch, denominator: int | torch.Tensor, seed: int, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
     """Summed loss of a micro-batch over the step's count of tokens, times `scale`."""
     dropout = Dropout(seed, batch.counters_BT) if model.c.dropout or model.c.embedding_dropout else None
     hidden = model(batch.tokens_BT, batch.positions_BT, cu_seqlens=batch.cu_seqlens, dropout=dropout, max_position=batch.max_position)
@@ -236,7 +250,8 @@ def forward(model: Transformer, batch: Batch, denominator: int, seed: int, scale
 
 def smaller(c: Config) -> str:
     """The rungs of the memory ladder below this config, with their flags."""
-    return memory.ladder(micro_batch=c.train.micro_batch, accumulate=c.train.accumulate, recompute=c.model.recompute, muon=c.optim.name == "muon")
+    t = c.train
+    return memory.ladder(micro_batch=t.micro_batch, accumulate=t.accumulate, recompute=c.model.recompute, optim=c.optim, dtype=t.dtype)
 
 
 def main(argv: list[str]) -> int:
@@ -256,6 +271,8 @@ def resolve(config: Config, given: frozenset[str]) -> Config:
 def run(config: Config) -> int:
     """Train as configured by a resolved config."""
     device = choose_device(config.run.device)
+    if config.train.cuda_graph and device.type != "cuda":
+        raise ValueError(f"--train.cuda_graph: there is no graph of a step on {device}; leave it off")
     if config.run.deterministic:
         reserve_workspace()
     with Run(config.run.dir, "pretrain") as folder:
@@ -347,10 +364,10 @@ class Loop:
         batches = [t.loader.batch(p.cursor + i * c.micro_batch, c.micro_batch) for i in range(c.accumulate)]
         waited = time.perf_counter() - started
         factor = schedule_factor(self.c.optim, self.share_done(ahead=True)) * c.spike_lr**p.rollbacks
-        scale = t.optimizer.loss_scale
+        scale = t.optimizer.loss_scale.clone()
         weights = t.optimizer.params | t.optimizer.masters
         before = sampled(weights) if c.ratios_every and (p.step == 0 or (p.step + 1) % c.ratios_every == 0) else None
-        loss, result = step(t.model, t.optimizer, batches, factor, self.c.run.seed)
+        loss, result = t.step(batches, factor)
         p.step += 1
         p.cursor += self.rows
         p.tokens += self.rows * c.length
@@ -416,7 +433,7 @@ class Loop:
         model, ceiling = c.model, peak_flops(t.device)
         flops = 6 * t.parameters + 6 * model.layers * model.heads * model.head_dim * c.train.length
         row = dict(
-            step=done.step, loss=loss, lr=c.optim.adamw_lr * done.factor, grad_norm=norm, clipped=int(clipped), skipped=int(skipped),
+            step=done.step, loss=loss, lr=c.optim.peak_lr * done.factor, grad_norm=norm, clipped=int(clipped), skipped=int(skipped),
             tokens=done.tokens, tokens_per_s=round(rate, 1), step_s=round(seconds, 6), data_s=round(done.waited, 6),
             checkpoint_s=round(t.session.seconds, 6), mfu=round(rate * flops / ceiling, 4) if ceiling else None,
             peak_memory_bytes=t.peak.bytes(), epoch=round(done.cursor / t.loader.rows, 4),

@@ -7,11 +7,11 @@ import torch
 from nanotrain.kernels import native
 
 from nanotrain.model import generate as generation
+from nanotrain.model.build import build_model
 from nanotrain.model.cache import Cache
 from nanotrain.model.generate import Generator, generate
 from nanotrain.model.native_decode import NativeDecoder, decoder
 from nanotrain.model.sampling import SamplingConfig, distribution
-from nanotrain.model.transformer import build_model
 from tests.model.test_transformer import OPTIONS, build, config, logits
 
 PROMPTS = [[1, 5, 7], [2], [9, 8, 7, 6, 5, 4, 3], [1, 5, 7, 11], [30, 31]]

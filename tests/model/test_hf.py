@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanotrain.model import families
+from nanotrain.model.build import build_model, parameter_count
 from nanotrain.model.families import FAMILIES, canonical, hf_config, model_config
 from nanotrain.model.hf import load_hf, save_hf
 from nanotrain.model.presets import PRESETS
-from nanotrain.model.transformer import ModelConfig, build_model, parameter_count
+from nanotrain.model.transformer import ModelConfig
 from tests.model.test_transformer import config, logits
 
 extras = [
@@ -482,7 +483,8 @@ def test_a_model_with_more_on_it_is_refused(tmp_path):
 MEMORY = """
 import sys, threading, torch
 from nanotrain.model.hf import load_hf, save_hf
-from nanotrain.model.transformer import ModelConfig, empty_model
+from nanotrain.model.build import empty_model
+from nanotrain.model.transformer import ModelConfig
 
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanotrain.model.build import build_model, initial_value, meta_model, parameter_count
 from nanotrain.model.cache import Cache
 from nanotrain.model.linear import Linear, deferred_weight_gradients
 from nanotrain.model.positions import alibi_slopes, rope_frequencies
 from nanotrain.model.presets import PRESETS
-from nanotrain.model.transformer import Dropout, ModelConfig, Transformer, build_model, initial_value, meta_model, parameter_count
+from nanotrain.model.transformer import Dropout, ModelConfig, Transformer
 
 BASE = dict(vocab_size=50, width=16, layers=2, heads=4, ffn_width=24, context=32)
 OPTIONS = {

@@ -18,7 +18,8 @@ from nanotrain import checkpoint
 from nanotrain.__main__ import main
 from nanotrain.config import parse, read_toml
 from nanotrain.data.loader import Batch
-from nanotrain.model.transformer import ModelConfig, build_model
+from nanotrain.model.build import build_model
+from nanotrain.model.transformer import ModelConfig
 from nanotrain.optim import OptimConfig, Optimizer, schedule_factor
 from nanotrain.stages import pretrain
 from nanotrain.stages.pretrain import Config

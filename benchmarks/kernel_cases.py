@@ -1,0 +1,510 @@
+"""What the compile gate compiles and the bench kit measures: each public kernel with its workloads, its cost and its peers.
+
+A case calls a public function as a training step does. The compile gate (benchmarks/compile_gate.py) calls it on tensors without storage,
+the bench kit (benchmarks/kernels.py) on a GPU; both take gradients by autograd wherever an input asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from nanotrain.kernels import dropout, embedding, gated, norm, optimizers, orthogonal, rotary
+
+Inputs = dict[str, object]
+"""Tensors, or lists of them, by the names of the function's arguments."""
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way in which one public function is called."""
+
+    name: str
+    """The public function, the NAME of the command lines."""
+    module: str
+    """Its file is kernels/<module>.py."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Workloads that together reach every row of the kernel's table of configurations; the first is the one that is always compiled."""
+    make: Callable[[tuple[int, ...], torch.dtype, str], Inputs]
+    """(shape, dtype, device) -> inputs: random, or without storage on "meta"; those that get gradients ask for them."""
+    call: Callable[[Inputs, str], object]
+    """(inputs, impl) -> the result, a tensor or a tuple of them; None of functions that write in place."""
+    cost: Callable[[tuple[int, ...], torch.dtype], tuple[int, int]]
+    """(shape, dtype) -> (bytes moved, FLOPs) of the forward."""
+    backward_cost: Callable[[tuple[int, ...], torch.dtype], tuple[int, int]] | None = None
+    """The same of the backward; None of functions that have none."""
+    variant: str = ""
+    """What sets this case apart from others of its function, as "residual"."""
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    peers: dict[str, Callable[[], Callable[[Inputs], object]]] = field(default_factory=dict)
+    """By name, what imports and returns a function of the inputs that does the same; ImportError where it is not installed."""
+    product: Callable[[str, torch.dtype, str], str] = lambda kernel, dtype, target: "-"
+    """(kernel, dtype, target) -> the matrix instruction it must have (wgmma, mma, tcgen05, mfma); "-" for none, as elementwise kernels."""
+    stack: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Bytes of local memory per thread that a (kernel, target) may use; what is not named may use none."""
+    in_place: bool = False
+    """Whether its results are what it leaves in its inputs."""
+
+    @property
+    def title(self) -> str:
+        """Its name, with the variant where it has one."""
+        return f"{self.name} ({self.variant})" if self.variant else self.name
+
+    def installed_peers(self) -> dict[str, Callable[[Inputs], object]]:
+        """The peers that can be imported here."""
+        found = {}
+        for name, load in self.peers.items():
+            try:
+                found[name] = load()
+            except ImportError:
+                continue
+        return found
+
+
+def wanted(inputs: Inputs) -> list[torch.Tensor]:
+    """The inputs whose gradients a backward computes."""
+    return [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+
+
+def results(output: object) -> list[torch.Tensor]:
+    """The tensors that a call returned, in a list."""
+    return [] if output is None else [output] if isinstance(output, torch.Tensor) else [x for x in output if x is not None]
+
+
+def upstream(output: object) -> list[torch.Tensor]:
+    """Random gradients for what a call returned."""
+    return [torch.randn_like(x) for x in results(output)]
+
+
+def select(names: Sequence[str] = ()) -> list[Case]:
+    """The cases of these functions, or all; ValueError for a name that has none."""
+    known = list(dict.fromkeys(case.name for case in CASES))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no kernel is named {name}; there are {', '.join(known)}")
+    return [case for case in CASES if not names or case.name in names]
+
+
+def _random(*shape: int, dtype: torch.dtype, device: str, grad: bool = False) -> torch.Tensor:
+    # Without storage there is nothing to draw, and torch.randn takes a hundred times as long to find that out.
+    return (torch.empty if device == "meta" else torch.randn)(shape, dtype=dtype, device=device).requires_grad_(grad)
+
+
+def _eager(function: Callable) -> Callable:
+    return lambda: function
+
+
+def _compiled(function: Callable) -> Callable:
+    """A formula through torch.compile, compiled once for each shape."""
+    return cache(lambda: torch.compile(function, dynamic=False))
+
+
+def _formula(function: Callable) -> dict[str, Callable]:
+    """The two peers that every kernel has: its formula in plain PyTorch, and that through torch.compile."""
+    return {"torch": _eager(function), "torch.compile": _compiled(function)}
+
+
+# Norms: rows of C channels. 1024 is a small model's width, 4096 a large one's; 16384 and 65536 are the widest that are read once and in parts.
+
+_NORM_SHAPES = ((8192, 4096), (16384, 1024), (8192, 80), (2048, 16384), (1024, 65536))
+
+
+def _norm_inputs(shape, dtype, device, *, residual=False, bias=False):
+    rows, width = shape
+    make = partial(_random, dtype=dtype, device=device, grad=True)
+    inputs = {"x": make(rows, width), "weight": make(width)}
+    return inputs | ({"bias": make(width)} if bias else {}) | ({"residual": make(rows, width)} if residual else {})
+
+
+def _norm_cost(shape, dtype, *, passes, vectors, flops):
+    rows, width = shape
+    return (passes * rows * width + vectors * width) * dtype.itemsize, flops * rows * width
+
+
+def _rms_norm(inputs, impl):
+    return norm.rms_norm(inputs["x"], inputs["weight"], 1e-6, residual=inputs.get("residual"), impl=impl)
+
+
+def _layer_norm(inputs, impl):
+    return norm.layer_norm(inputs["x"], inputs["weight"], inputs["bias"], 1e-5, residual=inputs.get("residual"), impl=impl)
+
+
+def _torch_rms_norm(inputs):
+    if "residual" not in inputs:
+        return F.rms_norm(inputs["x"], inputs["weight"].shape, inputs["weight"], 1e-6)
+    total = inputs["x"] + inputs["residual"]
+    return F.rms_norm(total, inputs["weight"].shape, inputs["weight"], 1e-6), total
+
+
+def _torch_layer_norm(inputs):
+    if "residual" not in inputs:
+        return F.layer_norm(inputs["x"], inputs["weight"].shape, inputs["weight"], inputs["bias"], 1e-5)
+    total = inputs["x"] + inputs["residual"]
+    return F.layer_norm(total, inputs["weight"].shape, inputs["weight"], inputs["bias"], 1e-5), total
+
+
+def _liger_rms_norm():
+    from liger_kernel.ops import LigerRMSNormFunction
+
+    return lambda i: LigerRMSNormFunction.apply(i["x"], i["weight"], 1e-6, 0.0, "llama", False)
+
+
+def _liger_add_rms_norm():
+    from liger_kernel.ops import LigerFusedAddRMSNormFunction
+
+    return lambda i: LigerFusedAddRMSNormFunction.apply(i["x"], i["residual"], i["weight"], 1e-6, 0.0, "llama", False)
+
+
+def _liger_layer_norm():
+    from liger_kernel.ops import LigerLayerNormFunction
+
+    return lambda i: LigerLayerNormFunction.apply(i["x"], i["weight"], i["bias"], 1e-5)
+
+
+_NORM_STACK = {("_norm_forward_kernel", "sm_100"): 16, ("_norm_backward_kernel", "sm_100"): 16}
+"""Blackwell's ptxas keeps a few values that a program reads once in local memory, where Hopper's, with as many registers, keeps none."""
+
+_NORMS = (
+    Case(
+        "rms_norm", "norm", _NORM_SHAPES, _norm_inputs, _rms_norm, norm.cost, partial(_norm_cost, passes=3, vectors=2, flops=11),
+        peers=_formula(_torch_rms_norm) | {"liger": _liger_rms_norm}, stack=_NORM_STACK,
+    ),
+    Case(
+        "rms_norm", "norm", _NORM_SHAPES, partial(_norm_inputs, residual=True), _rms_norm, partial(_norm_cost, passes=4, vectors=1, flops=5),
+        partial(_norm_cost, passes=4, vectors=2, flops=12), "residual", peers=_formula(_torch_rms_norm) | {"liger": _liger_add_rms_norm},
+        stack=_NORM_STACK,
+    ),
+    Case(
+        "layer_norm", "norm", _NORM_SHAPES, partial(_norm_inputs, bias=True), _layer_norm, partial(_norm_cost, passes=2, vectors=2, flops=8),
+        partial(_norm_cost, passes=3, vectors=3, flops=14), peers=_formula(_torch_layer_norm) | {"liger": _liger_layer_norm},
+        stack=_NORM_STACK,
+    ),
+    Case(
+        "layer_norm", "norm", _NORM_SHAPES, partial(_norm_inputs, bias=True, residual=True), _layer_norm,
+        partial(_norm_cost, passes=4, vectors=2, flops=9), partial(_norm_cost, passes=4, vectors=3, flops=15), "residual",
+        peers=_formula(_torch_layer_norm), stack=_NORM_STACK,
+    ),
+)  # fmt: skip
+
+
+# Gated activations: rows of F channels.
+
+_GATED_SHAPES = ((8192, 14336), (8192, 4096), (4096, 2730), (512, 256))
+
+
+def _gated_inputs(shape, dtype, device):
+    return {name: _random(*shape, dtype=dtype, device=device, grad=True) for name in ("gate", "up")}
+
+
+def _gated_backward_cost(shape, dtype):
+    elements = shape[0] * shape[1]
+    return 5 * elements * dtype.itemsize, 12 * elements
+
+
+def _gated_call(inputs, impl, *, function):
+    return function(inputs["gate"], inputs["up"], impl=impl)
+
+
+def _liger_swiglu():
+    from liger_kernel.ops import LigerSiLUMulFunction
+
+    return lambda i: LigerSiLUMulFunction.apply(i["gate"], i["up"])
+
+
+def _liger_geglu():
+    from liger_kernel.ops import LigerGELUMulFunction
+
+    return lambda i: LigerGELUMulFunction.apply(i["gate"], i["up"])
+
+
+_GATED = (
+    Case(
+        "swiglu", "gated", _GATED_SHAPES, _gated_inputs, partial(_gated_call, function=gated.swiglu), gated.cost, _gated_backward_cost,
+        peers=_formula(lambda i: F.silu(i["gate"]) * i["up"]) | {"liger": _liger_swiglu},
+    ),
+    Case(
+        "geglu", "gated", _GATED_SHAPES, _gated_inputs, partial(_gated_call, function=gated.geglu), gated.cost, _gated_backward_cost,
+        peers=_formula(lambda i: F.gelu(i["gate"], approximate="tanh") * i["up"]) | {"liger": _liger_geglu},
+    ),
+)  # fmt: skip
+
+
+# Rotary embedding: (B, T, H, K, D) as in kernels/rotary.py. Llama-3 8B, a small model, and heads of 80 and 256 channels.
+
+_ROPE_SHAPES = ((4, 4096, 32, 8, 128), (16, 1024, 12, 12, 64), (4, 2048, 32, 32, 80), (4, 2048, 16, 4, 256))
+
+
+def _rope_inputs(shape, dtype, device, *, rotary_share=1.0, grad=True, weights=False):
+    B, T, H, K, D = shape
+    make = partial(_random, dtype=dtype, device=device, grad=grad)
+    half = int(D * rotary_share) // 2
+    angles = torch.arange(T, device=device)[:, None] * 10000 ** (-torch.arange(half, device=device) / half)
+    inputs = {"q": make(B, T, H, D), "k": make(B, T, K, D)} | ({"q_weight": make(D), "k_weight": make(D)} if weights else {})
+    return inputs | {"cos": angles.cos(), "sin": angles.sin(), "positions": torch.arange(T, device=device).repeat(B, 1)}
+
+
+def _rope(inputs, impl, *, inplace=False):
+    i = inputs
+    return rotary.rope(i["q"], i["k"], i["cos"], i["sin"], positions=i["positions"], inplace=inplace, impl=impl)
+
+
+def _qk_norm_rope(inputs, impl):
+    i = inputs
+    return rotary.qk_norm_rope(i["q"], i["k"], i["q_weight"], i["k_weight"], i["cos"], i["sin"], positions=i["positions"], impl=impl)
+
+
+def _qk_norm_rope_backward_cost(shape, dtype):
+    B, T, H, K, D = shape
+    elements = B * T * (H + K) * D
+    return 3 * elements * dtype.itemsize, 13 * elements
+
+
+def _torch_rope(inputs):
+    cos, sin = (inputs[name][inputs["positions"]][:, :, None] for name in ("cos", "sin"))
+    half, outs = cos.shape[-1], []
+    for x in (inputs["q"], inputs["k"]):
+        a, b, rest = x.float().split((half, half, x.shape[-1] - 2 * half), -1)
+        outs.append(torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1).to(x.dtype))
+    return tuple(outs)
+
+
+def _torch_qk_norm_rope(inputs):
+    normed = {name: F.rms_norm(inputs[name], inputs[name].shape[-1:], inputs[f"{name}_weight"], 1e-6) for name in ("q", "k")}
+    return _torch_rope(inputs | normed)
+
+
+def _separate_kernels():
+    """Our kernels one after another, which the fused one replaces."""
+
+    def separate(inputs):
+        normed = {name: norm.rms_norm(inputs[name], inputs[f"{name}_weight"], 1e-6, impl="triton") for name in ("q", "k")}
+        return _rope(inputs | normed, "triton")
+
+    return separate
+
+
+def _liger_rope():
+    from liger_kernel.ops import LigerRopeFunction
+
+    def rope(i):
+        if 2 * i["cos"].shape[-1] != i["q"].shape[-1]:
+            raise ValueError("liger rotates whole heads")
+        cos, sin = (i[name].repeat(1, 2)[None].to(i["q"].dtype) for name in ("cos", "sin"))
+        q, k = LigerRopeFunction.apply(i["q"].transpose(1, 2), i["k"].transpose(1, 2), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    return rope
+
+
+_ROTARY = (
+    Case(
+        "rope", "rotary", _ROPE_SHAPES, _rope_inputs, _rope, rotary.cost, rotary.cost, peers=_formula(_torch_rope) | {"liger": _liger_rope},
+    ),
+    Case(
+        "rope", "rotary", _ROPE_SHAPES[:1], partial(_rope_inputs, grad=False), partial(_rope, inplace=True), rotary.cost, variant="in place",
+        peers=_formula(_torch_rope) | {"liger": _liger_rope},
+    ),
+    Case(
+        "rope", "rotary", _ROPE_SHAPES[:1], partial(_rope_inputs, rotary_share=0.25), _rope, rotary.cost, rotary.cost, "quarter",
+        peers=_formula(_torch_rope),
+    ),
+    Case(
+        "qk_norm_rope", "rotary", _ROPE_SHAPES, partial(_rope_inputs, weights=True), _qk_norm_rope, rotary.cost, _qk_norm_rope_backward_cost,
+        peers=_formula(_torch_qk_norm_rope) | {"separate": _separate_kernels},
+    ),
+)  # fmt: skip
+
+
+# Dropout with the residual addition: rows of C channels. PyTorch's own draws other numbers, so it has no peer with the same results.
+
+_DROPOUT_SHAPES = ((8192, 4096), (16384, 768), (8192, 80))
+
+
+def _dropout_inputs(shape, dtype, device, *, seed_in_memory=False):
+    rows, width = shape
+    inputs = {name: _random(rows, width, dtype=dtype, device=device, grad=True) for name in ("x", "residual")}
+    seed = torch.full((), 1234, device=device) if seed_in_memory else 1234
+    return inputs | {"seed": seed, "counters": torch.arange(rows, device=device)}
+
+
+def _dropout_add(inputs, impl):
+    return dropout.dropout_add(inputs["x"], inputs["residual"], 0.1, inputs["seed"], inputs["counters"], impl=impl)
+
+
+def _dropout_backward_cost(shape, dtype):
+    rows, width = shape
+    return 2 * rows * width * dtype.itemsize + 8 * rows, rows * width
+
+
+_DROPOUT = (
+    Case("dropout_add", "dropout", _DROPOUT_SHAPES, _dropout_inputs, _dropout_add, dropout.cost, _dropout_backward_cost),
+    Case(
+        "dropout_add", "dropout", _DROPOUT_SHAPES[:1], partial(_dropout_inputs, seed_in_memory=True), _dropout_add, dropout.cost,
+        _dropout_backward_cost, "seed on the device",
+    ),
+)  # fmt: skip
+
+
+# Embedding: (tokens N, vocabulary V, C). Llama-3.2 1B, GPT-2, and a narrow table. A few tokens are most of a text: the cube of a uniform number.
+
+
+def _embedding_inputs(shape, dtype, device):
+    tokens, vocabulary, width = shape
+    chosen = (vocabulary * torch.rand(tokens, device=device, dtype=torch.float64) ** 3).long()
+    return {"tokens": chosen, "weight": _random(vocabulary, width, dtype=dtype, device=device, grad=True)}
+
+
+def _embedding_forward_cost(shape, dtype):
+    tokens, _, width = shape
+    return 2 * tokens * width * dtype.itemsize + 8 * tokens, 0
+
+
+def _liger_embedding():
+    from liger_kernel.ops import LigerEmbeddingFunction
+
+    return lambda i: LigerEmbeddingFunction.apply(i["weight"], i["tokens"])
+
+
+_EMBEDDING = (
+    Case(
+        "embedding", "embedding", ((16384, 128256, 2048), (65536, 50304, 768), (8192, 1000, 80)), _embedding_inputs,
+        lambda i, impl: embedding.embedding(i["tokens"], i["weight"], impl=impl), _embedding_forward_cost, embedding.cost,
+        peers=_formula(lambda i: F.embedding(i["tokens"], i["weight"])) | {"liger": _liger_embedding},
+    ),
+)  # fmt: skip
+
+
+# Optimizers: (n, rows, columns) is n matrices and n vectors of as many columns. 113M parameters in large matrices, 28M in GPT-2's, many small
+# tensors, and sizes that nothing divides. In bf16 and fp16 they have fp32 masters, unless they are rounded stochastically.
+
+_OPTIMIZER_SHAPES = ((12, 2304, 4096), (48, 768, 768), (300, 64, 64), (9, 333, 777))
+
+_LR, _BETAS, _LION_BETAS, _EPS, _DECAY, _STEP = 1e-3, (0.9, 0.95), (0.9, 0.99), 1e-8, 0.1, 10
+
+
+def _optimizer_inputs(shape, dtype, device, *, moments, stochastic=False):
+    count, rows, columns = shape
+    shapes = [(rows, columns)] * count + [(columns,)] * count
+    make = partial(_random, dtype=dtype, device=device)
+    inputs = {name: [make(*s) for s in shapes] for name in ("params", "grads")}
+    kept = torch.bfloat16 if stochastic else torch.float32
+    inputs |= {name: [_random(*s, dtype=kept, device=device) for s in shapes] for name in moments}
+    for square in inputs.get("exp_avg_sqs", ()):
+        square.square_()
+    masters = None if stochastic or dtype == torch.float32 else [p.float() for p in inputs["params"]]
+    sizes = [s[0] * columns if len(s) == 2 else columns for s in shapes]
+    starts = [sum(sizes[:number]) for number in range(len(sizes))] if stochastic else None
+    scalars = {name: torch.full((), value, device=device) for name, value in (("lr", _LR), ("step", float(_STEP)), ("grad_scale", 1.0))}
+    return inputs | scalars | {
+        "found_nonfinite": torch.zeros((), dtype=torch.bool, device=device), "masters": masters, "seed": 1234 if stochastic else None,
+        "counter_starts": starts,
+    }  # fmt: skip
+
+
+def _adamw(inputs, impl):
+    optimizers.adamw_(**inputs, betas=_BETAS, eps=_EPS, weight_decay=_DECAY, impl=impl)
+
+
+def _lion(inputs, impl):
+    inputs = {name: value for name, value in inputs.items() if name != "step"}
+    optimizers.lion_(**inputs, betas=_LION_BETAS, weight_decay=_DECAY, impl=impl)
+
+
+def _optimizer_cost(shape, dtype, *, moments, flops, stochastic=False):
+    """Gradients and weights in, moments in and out, weights out, and parameters too where the weights are their masters."""
+    count, rows, columns = shape
+    elements = count * (rows + 1) * columns
+    if stochastic:
+        return (3 * dtype.itemsize + 4 * moments) * elements, flops * elements
+    narrow = 0 if dtype == torch.float32 else dtype.itemsize
+    return (dtype.itemsize + 8 + 8 * moments + narrow) * elements, flops * elements
+
+
+def _weights(i):
+    """What a peer updates: the masters with fp32 gradients, where there are any."""
+    return (i["params"], i["grads"]) if i["masters"] is None else (i["masters"], [g.float() for g in i["grads"]])
+
+
+def _torch_adamw(i):
+    weights, grads = _weights(i)
+    steps = [i["step"]] * len(weights)
+    torch._fused_adamw_(
+        weights, grads, i["exp_avgs"], i["exp_avg_sqs"], [], steps, lr=_LR, beta1=_BETAS[0], beta2=_BETAS[1], weight_decay=_DECAY, eps=_EPS,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+    if weights is not i["params"]:
+        torch._foreach_copy_(i["params"], weights)
+
+
+def _torch_lion(i):
+    weights, grads = _weights(i)
+    signs = torch._foreach_sign(torch._foreach_lerp(i["exp_avgs"], grads, 1 - _LION_BETAS[0]))
+    torch._foreach_mul_(weights, 1 - _LR * _DECAY)
+    torch._foreach_add_(weights, signs, alpha=-_LR)
+    torch._foreach_lerp_(i["exp_avgs"], grads, 1 - _LION_BETAS[1])
+    if weights is not i["params"]:
+        torch._foreach_copy_(i["params"], weights)
+
+
+def _gradients(shape, dtype, device):
+    count, rows, columns = shape
+    make = partial(_random, dtype=dtype, device=device)
+    return {"grads": [make(rows, columns) for _ in range(count)] + [make(columns) for _ in range(count)]}
+
+
+def _norm_of_gradients_cost(shape, dtype):
+    count, rows, columns = shape
+    elements = count * (rows + 1) * columns
+    return dtype.itemsize * elements, 2 * elements
+
+
+_ADAMW_MOMENTS, _LION_MOMENTS = ("exp_avgs", "exp_avg_sqs"), ("exp_avgs",)
+
+_OPTIMIZERS = (
+    Case(
+        "adamw_", "optimizers", _OPTIMIZER_SHAPES, partial(_optimizer_inputs, moments=_ADAMW_MOMENTS), _adamw,
+        partial(_optimizer_cost, moments=2, flops=15), in_place=True, peers={"torch": _eager(_torch_adamw)},
+    ),
+    Case(
+        "adamw_", "optimizers", _OPTIMIZER_SHAPES[:1], partial(_optimizer_inputs, moments=_ADAMW_MOMENTS, stochastic=True), _adamw,
+        partial(_optimizer_cost, moments=2, flops=15, stochastic=True), variant="stochastic", dtypes=(torch.bfloat16,), in_place=True,
+    ),
+    Case(
+        "lion_", "optimizers", _OPTIMIZER_SHAPES, partial(_optimizer_inputs, moments=_LION_MOMENTS), _lion,
+        partial(_optimizer_cost, moments=1, flops=9), in_place=True, peers={"torch": _eager(_torch_lion)},
+    ),
+    Case(
+        "lion_", "optimizers", _OPTIMIZER_SHAPES[:1], partial(_optimizer_inputs, moments=_LION_MOMENTS, stochastic=True), _lion,
+        partial(_optimizer_cost, moments=1, flops=9, stochastic=True), variant="stochastic", dtypes=(torch.bfloat16,), in_place=True,
+    ),
+    Case(
+        "grad_norm_", "optimizers", _OPTIMIZER_SHAPES, _gradients, lambda i, impl: optimizers.grad_norm_(i["grads"], impl=impl),
+        _norm_of_gradients_cost, peers={"torch": lambda: lambda i: torch.nn.utils.get_total_norm(i["grads"], foreach=True)},
+    ),
+)  # fmt: skip
+
+
+# Muon's orthogonalisation: (n, rows, columns) as in kernels/orthogonal.py. Computed in bf16 whatever the input's dtype. The first shape has
+# tiles enough for the large ones, the second has not.
+
+
+def _orthogonal_product(kernel, dtype, target):
+    return {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[target]
+
+
+_ORTHOGONAL = (
+    Case(
+        "orthogonalize", "orthogonal", ((12, 1024, 4096), (2, 768, 3072), (8, 2048, 2048), (12, 768, 768)),
+        lambda shape, dtype, device: {"matrices": _random(*shape, dtype=dtype, device=device)},
+        lambda i, impl: orthogonal.orthogonalize(i["matrices"], impl=impl), orthogonal.cost, dtypes=(torch.bfloat16, torch.float32),
+        peers=_formula(lambda i: orthogonal.orthogonalize_reference(i["matrices"])), product=_orthogonal_product,
+    ),
+)  # fmt: skip
+
+
+CASES: tuple[Case, ...] = (*_NORMS, *_ROTARY, *_GATED, *_DROPOUT, *_EMBEDDING, *_OPTIMIZERS, *_ORTHOGONAL)

@@ -1,0 +1,38 @@
+"""Mistakes in kernels/rotary.py that its tests must catch."""
+
+TESTS = ["tests/kernels/test_rotary.py"]
+
+MUTATIONS = [
+    ("rope", "    if BACKWARD:\n        sin = -sin\n", ""),
+    ("rope", "    q1, q2 = q1 * cos - q2 * sin, q2 * cos + q1 * sin\n", "    q1, q2 = q1 * cos + q2 * sin, q2 * cos - q1 * sin\n"),
+    ("rope", "    _store(q_out_ptr + b * qo_b + t * qo_t + q_head * qo_h, qo_d, q_head < H,", "    _store(q_out_ptr + b * qo_b + t * qo_t + q_head * qo_h, qo_d, q_head <= H,"),
+    ("rope", "    _store(k_out_ptr + b * ko_b + t * ko_t + k_head * ko_h, ko_d,", "    _store(k_out_ptr + b * ko_b + t * ko_t + k_head * ko_h, k_d,"),
+    ("rope", "    k_head = (tl.program_id(1) * K_HEADS + tl.arange(0, K_HEADS)[:, None]).to(tl.int64)\n    # All", "    k_head = tl.arange(0, K_HEADS)[:, None].to(tl.int64)\n    # All"),
+    ("rope", "    b, t = (token // T).to(tl.int64), (token % T).to(tl.int64)\n    q_head = (tl.program_id(1) * Q_HEADS + tl.arange(0, Q_HEADS)[:, None]).to(tl.int64)\n    k_head = (tl.program_id(1) * K_HEADS + tl.arange(0, K_HEADS)[:, None]).to(tl.int64)\n    # All", "    b, t = token // T, token % T\n    q_head = (tl.program_id(1) * Q_HEADS + tl.arange(0, Q_HEADS)[:, None]).to(tl.int64)\n    k_head = (tl.program_id(1) * K_HEADS + tl.arange(0, K_HEADS)[:, None]).to(tl.int64)\n    # All"),
+    ("rope", "    second = tl.load(x_ptr + (HALF + column) * stride, mask & (column < HALF), 0.0)", "    second = tl.load(x_ptr + (HALF + column) * stride, mask, 0.0)"),
+    ("rope", "        column = tl.arange(0, REST_PADDED)[None, :].to(tl.int64)\n        rest = tl.load", "        column = tl.arange(0, REST_PADDED)[None, :]\n        rest = tl.load"),
+    ("rope", "    tl.store(out_ptr + (HALF + column) * stride,", "    tl.store(out_ptr + (HALF_PADDED + column) * stride,"),
+    ("rope", "rest.to(out_ptr.dtype.element_ty), mask & (column < REST))", "rest.to(out_ptr.dtype.element_ty), mask)"),
+    ("rope", "        position = tl.where(position < 0, position + P, position)\n", ""),
+    ("rope", "    inside = (position >= 0) & (position < P)\n", "    inside = (position >= 0) & (position <= P)\n"),
+    ("rope", "    place = position * HALF + column\n", "    place = position * HALF_PADDED + column\n"),
+    ("rope", "    warps = min(4,", "    blocks, warps = 1, min(4,"),
+    ("rope", "            torch.autograd.graph.increment_version([x for x in (q, k) if not x._is_view()])\n", ""),
+    ("rope", "([x for x in (q, k) if not x._is_view()])", "([q, k])"),
+    ("rope", "        outs = _empty(*grads)\n        _turn(*grads, outs, *ctx.saved_tensors, backward=True)", "        outs = grads\n        _turn(*grads, outs, *ctx.saved_tensors, backward=True)"),
+    ("rope", "        inplace = inplace and 0 not in q_BTHD.stride() and 0 not in k_BTKD.stride()\n", ""),
+    ("qk_norm_rope", "    _store_normed(k_out_ptr, k_head < K, k1, k2, k3, k_weight_ptr,", "    _store_normed(k_out_ptr, k_head < K, k1, k2, k3, q_weight_ptr,"),
+    ("qk_norm_rope", "    second *= inverse * (scale2 + offset)\n", "    second *= inverse * scale2\n"),
+    ("qk_norm_rope", "        square += tl.sum(rest * rest, 1, keep_dims=True)\n", "        square += 0.0\n"),
+    ("qk_norm_rope", "square / (2 * HALF + REST) + eps, 1.0)", "square / (2 * HALF_PADDED + REST) + eps, 1.0)"),
+    ("qk_norm_rope", "square / (2 * HALF + REST) + eps, 1.0)", "square / (2 * HALF + REST) + 1e-6, 1.0)"),
+    ("qk_norm_rope", "k_grad_ptr + b * kg_b + t * kg_t + k_head * kg_h", "k_grad_ptr + b * qg_b + t * kg_t + k_head * kg_h"),
+    ("qk_norm_rope", "    for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):", "    for piece in range(tl.program_id(0), pieces - 1, tl.num_programs(0)):"),
+    ("qk_norm_rope", "        q_head = (piece % blocks * Q_HEADS", "        q_head = (piece % blocks * K_HEADS"),
+    ("qk_norm_rope", "        q_sum1 += qg1\n", "        q_sum1 = qg1\n"),
+    ("qk_norm_rope", "    grad1, grad2 = grad1 * cos + grad2 * sin, grad2 * cos - grad1 * sin\n", "    grad1, grad2 = grad1 * cos - grad2 * sin, grad2 * cos + grad1 * sin\n"),
+    ("qk_norm_rope", "    along = tl.sum(part1 * scale1 + part2 * scale2, 1, keep_dims=True)\n", "    along = tl.sum(part1 + part2, 1, keep_dims=True)\n"),
+    ("qk_norm_rope", "        along += tl.sum(part3 * scale3, 1, keep_dims=True)\n", "        along += 0.0\n"),
+    ("qk_norm_rope", "(grad2 * scale2 - x2 * along) * inverse", "(grad2 * scale2 - x2 * along)"),
+    ("qk_norm_rope", "    _store_sums(sums_ptr + 2 * HALF + REST, k_sum1", "    _store_sums(sums_ptr + 2 * HALF, k_sum1"),
+]

@@ -1,0 +1,384 @@
+"""The benchmarks of kernels and steps, as far as they can be shown without a GPU: what they refuse, and how they count."""
+
+import csv
+import importlib.util
+import itertools
+import math
+import os
+import subprocess
+import sys
+import time
+import types
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from benchmarks import gpu, kernels, step
+from benchmarks.common import quantiles
+from benchmarks.kernel_cases import Case
+from benchmarks.roofline import H100, Board, Point, Roof, picture, roof_of, stated
+
+FACTS = {"machine": "here", "commit": "0123"}
+
+
+class FakeTimer:
+    """Runs a call, and says that it took so long."""
+
+    def __init__(self, *seconds):
+        self.seconds, self.leads = itertools.cycle(seconds or (1e-3,)), []
+
+    def __call__(self, call, lead):
+        call()
+        self.leads.append(lead)
+        return next(self.seconds), 2e-3
+
+    def peak(self, call):
+        call()
+        return 4096
+
+
+def make(shape, dtype, device):
+    return {"x": torch.randn(shape, dtype=dtype, device=device).requires_grad_(), "scale": torch.randn(shape[-1], device=device, dtype=dtype)}
+
+
+def right(inputs):
+    return inputs["x"] * inputs["scale"]
+
+
+def case(wrong=None, peers=None, **options):
+    """x times scale, whose gradient is the upstream one times scale; `wrong` serves in place of the kernel."""
+
+    def call(inputs, impl):
+        return (right if impl == "reference" or wrong is None else wrong)(inputs)
+
+    def cost(shape, dtype):
+        return 2 * shape[0] * shape[1] * dtype.itemsize, shape[0] * shape[1]
+
+    options = dict(backward_cost=cost) | options
+    return Case("times", "none", ((8, 16), (2, 3)), make, call, cost, peers={n: (lambda f=f: f) for n, f in (peers or {}).items()}, **options)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """bench(case, ...) -> (Bench, rows written)."""
+
+    def run(one, timer=None, dtypes=(torch.float32,), seconds=math.inf, roof=H100):
+        peers = tuple(one.peers)
+        columns = (*kernels.COLUMNS, *(f"{peer}_{what}" for peer in peers for what in ("ms", "ratio", "peak_bytes")))
+        table = kernels.Table(tmp_path / "table.csv", tuple(dict.fromkeys(columns)), FACTS)
+        found = kernels.Bench("cpu", timer or FakeTimer(), roof, table, rounds=5)
+        found.left = found.run(kernels.workloads([one], dtypes), seconds)
+        with table.path.open() as file:
+            return found, list(csv.DictReader(file))
+
+    return run
+
+
+def test_percentiles():
+    assert quantiles([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0))
+    assert quantiles([7.0, 7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_the_roof():
+    roof = Roof("a GPU", 2e12, 400e12)
+    assert roof.ridge == 200
+    assert roof.seconds(2e12, 1) == 1.0 and roof.seconds(1, 800e12) == 2.0
+    assert Roof("a GPU", 2e12, None).seconds(2e12, 1e30) == 1.0
+    names = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H100 PCIe": 2.0e12, "NVIDIA A100-SXM4-80GB": 2.039e12, "NVIDIA A100 80GB PCIe": 1.935e12,
+             "NVIDIA A100-SXM4-40GB": 1.555e12, "NVIDIA GeForce RTX 4090": 1.008e12}  # fmt: skip
+    assert {name: stated(name).bandwidth for name in names} == names
+    # A GPU that the table lacks has the bandwidth that its clock and bus give, or no roof.
+    assert roof_of("Something New", Board(bandwidth=1e12)) == Roof("Something New", 1e12, None)
+    assert roof_of("Something New", Board()) is None
+
+
+def test_the_picture_is_a_whole_svg_with_a_hollow_point_for_what_is_predicted():
+    points = [Point("a<b", "forward", 1e9, 1e9, 5e-4, measured=True), Point("a<b", "backward", 1e9, 3e9, 6e-4, measured=False),
+              Point("no FLOPs", "forward", 1e9, 0, 1e-4, measured=True)]  # fmt: skip
+    text = picture(H100, points, "a & b")
+    root = ElementTree.fromstring(text)
+    circles = [element.get("class") for element in root.iter("{http://www.w3.org/2000/svg}circle")]
+    assert circles.count("forward") == circles.count("backward predicted") == 2  # in the picture, and in the legend
+    share = H100.seconds(1e9, 1e9) / 5e-4
+    labels = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert f"a<b forward {share:.0%}" in labels and "a<b backward" in labels and "a & b" in labels
+    with pytest.raises(ValueError, match="nothing to draw"):
+        picture(H100, points[2:])
+
+
+def test_a_right_kernel_is_measured(bench):
+    timer = FakeTimer(1e-3, 2e-3)  # of a peer and of ours in turn
+    found, rows = bench(case(peers={"torch": right}), timer, dtypes=(torch.bfloat16, torch.float32))
+    assert (found.failed, found.left) == (0, 0)
+    # First shapes of all dtypes come first.
+    assert [(r["shape"], r["dtype"], r["direction"]) for r in rows] == [
+        (shape, dtype, way) for shape in ("8x16", "2x3") for dtype in ("bf16", "fp32") for way in ("forward", "backward")
+    ]
+    row = rows[2]
+    assert row["wrong"] == "" and float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+    p50 = float(row["p50_ms"]) * 1e-3
+    assert float(row["roof_share"]) == pytest.approx(H100.seconds(1024, 128) / p50, rel=1e-3)
+    assert float(row["tflop_per_s"]) == pytest.approx(128 / p50 / 1e12, rel=1e-3)
+    assert float(row["torch_ratio"]) == pytest.approx(float(row["torch_ms"]) / float(row["p50_ms"]), rel=1e-2)
+    assert row["peak_bytes"] == row["torch_peak_bytes"] == "4096" and row["host_ms"] == "2.0" and row["commit"] == "0123"
+    assert set(timer.leads) == {0.0, 3e-3}  # in the warm-up, and then by what the host took
+    assert [p.measured for p in found.points.values()] == [True, True]
+
+
+def _nan(inputs):
+    return torch.where(torch.arange(len(inputs["scale"])) == 1, math.nan, right(inputs))
+
+
+def _gradient(inputs):
+    return right(inputs) + (inputs["x"] - inputs["x"].detach())  # the right values, one too many in the gradient
+
+
+def _raises(inputs):
+    raise RuntimeError("no such kernel image\nand more")
+
+
+WRONG = {
+    "scaled": (lambda i: right(i) * 1.001, "output 0: error"),
+    "one element": (lambda i: right(i) + torch.zeros_like(i["x"]).index_fill(0, torch.tensor([1]), 1e-4), "output 0: error"),
+    "not a number": (_nan, "output 0: error nan"),
+    "gradient": (_gradient, "gradient of x: error"),
+    "shape": (lambda i: right(i)[:1], "RuntimeError: Mismatch in shape"),
+    "too many": (lambda i: (right(i), right(i)), "RuntimeError: got 2 tensors and 1 gradients"),
+    "dtype, forward alone": (lambda i: right(i).double(), "output 0 is (8, 16) torch.float64, not (8, 16) torch.float32"),
+    "shape, forward alone": (lambda i: right(i)[:1], "output 0 is (1, "),
+    "too many, forward alone": (lambda i: (right(i), right(i)), "returns output 0, output 1"),
+    "raises": (_raises, "RuntimeError: no such kernel image"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_kernel_is_refused(bench, name, capsys):
+    wrong, says = WRONG[name]
+    found, rows = bench(case(wrong, **({"backward_cost": None} if name.endswith("forward alone") else {})))
+    assert found.failed == 2 and not found.points
+    assert "NOT REPORTED" in capsys.readouterr().out
+    for row in rows:
+        assert row["wrong"].startswith(says.replace("8, 16", row["shape"].replace("x", ", ")))
+        assert not any(row[column] for column in ("p20_ms", "p50_ms", "p80_ms", "gb_per_s", "tflop_per_s", "roof_share", "host_ms"))
+
+
+def test_inputs_are_made_anew_for_each_run(bench):
+    """In-place kernels, and peers whose backward writes over what it was given, meet the same inputs each time."""
+    seen = []
+
+    class Destroys(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, scale):
+            ctx.save_for_backward(x, scale)
+            return x * scale
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, scale = ctx.saved_tensors
+            out = grad * scale
+            seen.append((x.sum().item(), grad.sum().item()))
+            x.data.zero_(), grad.zero_()
+            return out, None
+
+    found, rows = bench(case(peers={"destroys": lambda i: Destroys.apply(i["x"], i["scale"])}))
+    assert not found.failed and all(row["destroys_ratio"] for row in rows)
+    assert len(set(seen)) == 2  # one for each shape
+
+    def in_place(inputs, impl):
+        factor = 2 if impl == "reference" else found.factor
+        with torch.no_grad():
+            inputs["x"].mul_(factor)
+
+    for found.factor, wrong in ((2, ""), (3, "input 0 after it: error")):
+        case_in_place = Case("double", "none", ((8, 16),), make, in_place, lambda s, d: (1, 1), in_place=True)
+        rows = bench(case_in_place)[1]
+        assert [row["direction"] for row in rows] == ["forward"] and rows[0]["wrong"].startswith(wrong) and bool(rows[0]["wrong"]) == bool(wrong)
+
+
+def test_a_peer_that_computes_something_else_or_fails_is_left_out(bench, capsys):
+    found, rows = bench(case(peers={"torch": right, "other": lambda i: i["x"] + i["scale"], "fails": _raises}))
+    assert not found.failed and all(row["torch_ratio"] and not row["other_ratio"] and not row["fails_ratio"] for row in rows)
+    text = capsys.readouterr().out
+    assert "other left out of times 8x16 fp32: output 0: error" in text and "fails left out of times 8x16 fp32: RuntimeError: no such" in text
+
+
+def test_an_end_in_time_leaves_the_rest(bench):
+    found, rows = bench(case(), seconds=0.0)
+    assert found.left == 2 and rows == []
+
+
+def test_without_a_gpu_the_gate_and_the_prediction_are_printed(tmp_path):
+    code = (
+        "import sys; from functools import partial; from benchmarks import compile_gate, kernels\n"
+        "compile_gate.rows = partial(compile_gate.rows, targets=('sm_90',), workers=1)\n"
+        "sys.exit(kernels.main(sys.argv[1:]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    arguments = ["geglu", "--dtype", "bf16", f"--svg={tmp_path / 'roof.svg'}", f"--csv={tmp_path / 'none.csv'}"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    gate, predicted = done.stdout.split("\npredicted, not measured: ")
+    assert "registers" in gate and "sm_90" in gate and "0 broken budgets" in gate
+    assert "predicted us" in predicted and "of the roof" not in predicted and "GB/s" not in predicted
+    row = next(line.split() for line in predicted.splitlines() if line.startswith("geglu") and "forward" in line)
+    assert float(row[-1]) == pytest.approx(1e6 * float(row[-4]) * 1e6 / 3.35e12, rel=0.01)
+    assert not (tmp_path / "none.csv").exists()  # which would hold what was measured
+    assert 'class="forward predicted"' in (tmp_path / "roof.svg").read_text()
+
+
+def test_names_and_rounds_are_checked(capsys):
+    assert kernels.main(["no_such"]) == 2 and "no kernel is named no_such" in capsys.readouterr().err
+    assert kernels.main(["rms_norm", "--rounds=1"]) == 2 and "--rounds 1" in capsys.readouterr().err
+
+
+# Steps
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return step.Ours(step.task_of("nano", "cpu"))
+
+
+def test_a_tiny_step_gives_sane_rows(tmp_path, monkeypatch, capsys):
+    def absent(task, liger):
+        raise ImportError("No module named 'peer'")
+
+    class Other(step.Ours):
+        def step(self):
+            return 1.5 * super().step()
+
+    monkeypatch.setattr(step, "Peer", lambda task, liger: absent(task, liger) if liger else Other(task))
+    monkeypatch.setattr(step, "peak_flops", lambda device: 1e9)
+    path = tmp_path / "step.csv"
+    assert step.main(["--model", "nano", "--steps", "2", f"--csv={path}"]) == 0
+    assert "tiny, on a CPU" in capsys.readouterr().out
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("step", "part", "kernel off", "peer")}
+    (row,) = kinds["step"]
+    assert int(row["tokens_per_s"]) == pytest.approx(64 / float(row["p50_ms"]) * 1e3, rel=0.01) and int(row["peak_bytes"]) > 0
+    six = float(row["mfu_6n"])
+    assert six < float(row["mfu_causal"]) < float(row["mfu_full"])
+    assert float(row["mfu_causal"]) - six == pytest.approx(float(row["mfu_full"]) - float(row["mfu_causal"]), abs=3e-4, rel=1e-2)
+    shares = {row["name"]: float(row["share"]) for row in kinds["part"]}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3) and all(shares[part] > 0 for part in step.PARTS)
+    names = [row["name"] for row in kinds["kernel off"]]
+    assert {"rms_norm", "swiglu", "flash_attention", "linear_cross_entropy", "adamw_", "every kernel"} <= set(names)
+    assert all(float(row["ratio"]) > 0 for row in kinds["kernel off"])
+    muon, other, missing = kinds["peer"]
+    assert muon["name"] == "ours, muon" and float(muon["ratio"]) > 0
+    assert "not the same step" in other["missing"] and not other["p50_ms"] and missing["missing"] == "No module named 'peer'"
+
+
+def test_large_models_need_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert step.main(["--model", "gpt2-124m"]) == 2
+    assert capsys.readouterr().err == "step: gpt2-124m needs a GPU; here only --model nano can run\n"
+
+
+def test_flops_of_pretraining_are_one_of_the_conventions(monkeypatch):
+    monkeypatch.setattr(step, "peak_flops", lambda device: 1e15)
+    task, c = step.Task(step.task_of("gpt2-124m", "cuda").c, 16, 1024, "cpu"), step.task_of("gpt2-124m", "cuda").c
+    # As Loop.log counts: 6 N + 6 layers heads head_dim length.
+    flops = 6 * 124_439_808 + 6 * c.layers * c.heads * c.head_dim * 1024
+    assert task.utilisation(0.1)["mfu_causal"] == pytest.approx(16 * 1024 / 0.1 * flops / 1e15, abs=1e-4)
+
+
+def test_a_kernel_is_switched_off_and_on(ours):
+    holder = types.SimpleNamespace(kernel=lambda x, *, impl="auto": impl)
+    with step.swapped([(holder, "kernel")], step.off):
+        assert holder.kernel(1) == "reference"
+    assert holder.kernel(1) == "auto"
+    places = step.kernels_of(ours.model)
+    # Attention is called through each layer's seam, the optimizer's kernel from its module.
+    assert sum(name == "attend" for _, name in places["flash_attention"]) == ours.task.c.layers
+    assert any(owner is step.optim for owner, _ in places["adamw_"])
+
+
+def test_time_goes_to_the_part_that_took_it():
+    """A clock that only the parts' own work moves, forward and backward."""
+    clock = [0.0]
+
+    class Works(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, seconds):
+            ctx.seconds = seconds
+            clock[0] += seconds
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            clock[0] += 10 * ctx.seconds
+            return grad * 1, None
+
+    line = step.Timeline(lambda: clock[0], lambda a, b: b - a)
+    works = {part: line.around(part, Works.apply) for part in ("a", "b")}
+    outer = line.around("c", lambda x: works["a"](Works.apply(x, 5.0), 7.0))  # what a part calls is its own
+    x = torch.ones(3, requires_grad=True)
+    line.enter(None)
+    residual = Works.apply(x, 100.0)
+    y = works["b"](works["a"](residual, 1.0), 2.0)
+    y = outer(residual + y)
+    clock[0] += 1000.0
+    y.sum().backward()
+    with torch.no_grad():
+        works["a"](x, 0.5)
+    line.enter(None)
+    assert line.seconds() == dict.fromkeys(step.PARTS, 0.0) | {"a": 11.5, "b": 22.0, "c": 132.0, "rest": 2100.0}
+
+
+@pytest.mark.extras
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="extra: pip install -e '.[peers]'")
+@pytest.mark.parametrize("model", ["nano", "gpt2-124m"])
+def test_transformers_trains_the_same_model(model):
+    task = step.task_of(model, "cpu")
+    peer, ours = step.Transformers(task), step.Ours(task)
+    losses = [(peer.step(), ours.step()) for _ in range(6)]
+    assert losses[0][0] == pytest.approx(losses[0][1], rel=1e-5) and losses[-1][0] == pytest.approx(losses[-1][1], rel=1e-3)
+
+
+@pytest.mark.extras
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="extra: pip install -e '.[peers]'")
+def test_a_peer_has_a_process_of_its_own(ours):
+    row = step.against(ours.task, ours, step.Ours(ours.task).step(), "transformers", lambda: step.Peer(ours.task, liger=False), 2)
+    assert "missing" not in row and row["peak_bytes"] > 0 and row["ratio"] > 0
+
+
+# One command
+
+
+def part(name, weight, code):
+    return gpu.Part(name, weight, lambda seconds: [sys.executable, "-c", code.replace("SECONDS", repr(seconds))])
+
+
+def test_a_part_that_hangs_is_cut_short_and_the_next_ones_run(tmp_path, capsys):
+    hang = (
+        "import subprocess, sys, time; print('begins', flush=True)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)']); time.sleep(99)"
+    )
+    began = time.monotonic()
+    found = gpu.run([part("hangs", 1, hang), part("fails", 1, "raise SystemExit(3)"), part("works", 1, "print('SECONDS')")], 9.0, tmp_path)
+    assert time.monotonic() - began < 9.0
+    assert [(outcome.name, outcome.code) for outcome in found] == [("hangs", None), ("fails", 3), ("works", 0)]
+    assert found[0].seconds == pytest.approx(3.0, abs=1.5)
+    assert (tmp_path / "hangs.log").read_text() == "begins\n" and str(found[1]).endswith("failed, exit status 3")
+    # What a quick part leaves, the next ones have.
+    assert float((tmp_path / "works.log").read_text()) > 3.0
+    text = capsys.readouterr().out
+    assert "gpu: hangs, at most 3 s of 9 s left" in text and "begins" in text and "cut short" in text
+
+
+def test_the_command_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_command_sums_up(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for code, status in (("pass", 0), ("raise SystemExit(1)", 1)):
+        monkeypatch.setattr(gpu, "parts", lambda out, code=code: [part("only", 1, code)])
+        assert gpu.main(["--minutes=1", f"--out={tmp_path}"]) == status
+        assert (tmp_path / "summary.txt").read_text().startswith("only ")
+    assert [p.name for p in gpu.parts(tmp_path)] == ["only"]

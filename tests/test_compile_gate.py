@@ -1,0 +1,252 @@
+"""The compile gate: its table of a real kernel on four targets, and that it fails on every budget that is broken.
+
+Kernels are decorated for the interpreter in this process, so what compiles runs in processes of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compile_gate
+from benchmarks.compile_gate import occupancy
+from benchmarks.kernel_cases import CASES, select
+from benchmarks.paper_gpu import TARGETS, paper_gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments, **environment) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
+
+
+def test_the_table_of_a_kernel_on_four_targets(tmp_path):
+    done = run("-m", "benchmarks.compile_gate", "--csv", tmp_path / "gate.csv", "swiglu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    for column in ("kernel", "config", "dtype", "target", "registers", "shared", "spills", "declared", "found", "occupancy"):
+        assert column in lines[0].split()
+    with (tmp_path / "gate.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(lines) - 2 and lines[-1] == f"{len(rows)} kernels, 0 broken budgets"
+    for target in TARGETS:
+        for dtype in ("float32", "bfloat16", "float16"):
+            kernels = {row["kernel"] for row in rows if (row["target"], row["dtype"]) == (target, dtype)}
+            assert any("forward" in name for name in kernels) and any("backward" in name for name in kernels)
+    for row in rows:
+        assert 8 <= int(row["registers"]) <= 256 and row["spills"] == "0" and row["declared"] == row["found"] == "-"
+        assert 0 < float(row["occupancy"]) <= 1 and "warps=" in row["config"] and "D" in row["specialization"]
+
+
+BROKEN = '''
+"""Kernels that break a budget each, and the gate's reasons, as JSON."""
+import json
+import torch
+from benchmarks.compile_gate import TARGETS, compile_case, report
+from benchmarks.kernel_cases import Case
+from benchmarks.paper_gpu import paper_gpu
+from nanotrain.kernels.norm import rms_norm
+from nanotrain.kernels.runtime import jit, launch, tl, triton
+
+
+@jit
+def _plain_kernel(x, BLOCK: tl.constexpr):
+    offset = tl.arange(0, BLOCK)
+    tl.store(x + offset, tl.load(x + offset) + 1)
+
+
+@jit
+def _spilling_kernel(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    offset = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    values = tl.load(x + offset)
+    tl.store(x + offset, values * tl.sum(values))
+
+
+@jit
+def _product_kernel(x, depth, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    row, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
+    left = x + row[:, None] * depth + k[None, :]
+    right = x + row[None, :] * depth + k[:, None]
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        total = tl.dot(tl.load(left + start), tl.load(right + start), total)
+    tl.store(x + row[:, None] * BLOCK + row[None, :], total.to(x.dtype.element_ty))
+
+
+@jit
+def _meaningless_kernel(x, BLOCK: tl.constexpr):
+    tl.store(x + tl.arange(0, BLOCK), missing)
+
+
+def case(call, **options):
+    make = lambda shape, dtype, device: {"x": torch.empty(shape, dtype=dtype, device=device)}
+    return Case("broken", "none", ((1 << 20,),), make, lambda inputs, impl: call(inputs["x"]), lambda shape, dtype: (0, 0), **options)
+
+
+def refused(x):
+    raise ValueError("this launcher takes no such tensor")
+
+
+def plain(x):
+    launch(_plain_kernel, (1,), x, BLOCK=128)
+
+
+def spilling(x):
+    launch(_spilling_kernel, (1,), x, ROWS=256, COLUMNS=128, num_warps=1)
+
+
+def product(x, stages=2, block_k=64):
+    launch(_product_kernel, (1,), x, 4096, BLOCK=128, BLOCK_K=block_k, num_warps=4, num_stages=stages)
+
+
+float32, bfloat16 = torch.float32, torch.bfloat16
+declared = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+has_product = {"product": lambda kernel, dtype, target: declared[target]}
+cases = {
+    "kept": [(case(plain), float32, t) for t in TARGETS] + [(case(product, **has_product), bfloat16, t) for t in TARGETS],
+    "spills": [(case(spilling), float32, t) for t in TARGETS],
+    "spills within its budget": [(case(spilling, stack={("_spilling_kernel", t): 1 << 16}), float32, t) for t in TARGETS],
+    "shared": [(case(lambda x: product(x, 6, 128), **has_product), bfloat16, t) for t in ("sm_80", "sm_90", "sm_100")],
+    "lacks": [(case(plain, product=lambda *_: "wgmma"), float32, "sm_90")],
+    "undeclared": [(case(product), bfloat16, t) for t in TARGETS],
+    "meaningless": [(case(lambda x: (launch(_meaningless_kernel, (1,), x, BLOCK=16), plain(x))), float32, "sm_80")],
+    "refused": [(case(refused), float32, "sm_80")],
+}
+found = {}
+for name, jobs in cases.items():
+    rows = [row for c, dtype, target in jobs for row in compile_case(c, c.shapes[0], dtype, target)]
+    found[name] = {"status": report(rows), "rows": len(rows), "reasons": [reason for row in rows for reason in row.reasons()]}
+
+found["specializations"] = []
+memory = torch.empty(1024, device="meta")
+for x in (memory[:256].view(4, 64), memory[:252].view(4, 63), memory[1:257].view(4, 64)):
+    with paper_gpu("sm_90") as binaries:
+        for _ in range(2):
+            rms_norm(x, memory[: x.shape[1]], impl="triton")
+    found["specializations"].append([[b.kernel, b.config, b.specialization, b.identity] for b in binaries])
+found["restored"] = triton.runtime.driver._active is None and triton.JITFunction.run.__name__ == "run"
+print("JSON", json.dumps(found))
+'''
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> dict:
+    """What the gate says of each set of kernels in BROKEN."""
+    script = tmp_path_factory.mktemp("broken") / "broken_kernels.py"
+    script.write_text(BROKEN)
+    done = run(script, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.split("JSON ")[1])
+
+
+def test_kept_budgets_pass(broken):
+    for name, kernels in (("kept", 8), ("spills within its budget", 4)):
+        assert broken[name] == {"status": 0, "rows": kernels, "reasons": []}
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "reason"),
+    [
+        ("spills", 4, "bytes, its budget is 0"),
+        ("shared", 3, "bytes of shared memory, sm_"),
+        ("lacks", 1, "declares the matrix instruction wgmma, found -"),
+        ("undeclared", 4, "declares the matrix instruction -, found "),
+        ("meaningless", 1, "does not compile: CompilationError: NameError('missing is not defined')"),
+        ("refused", 1, "does not compile: ValueError: this launcher takes no such tensor"),
+    ],
+)
+def test_a_broken_budget_fails_with_a_line_that_says_why(broken, name, count, reason):
+    assert broken[name]["status"] == 1
+    reasons = broken[name]["reasons"]
+    assert len(reasons) == count and all(reason in line and "\n" not in line for line in reasons)
+
+
+def test_a_kernel_that_does_not_compile_hides_no_other(broken):
+    assert broken["meaningless"]["rows"] == 2
+
+
+def test_the_signature_is_the_launchers(broken):
+    """An odd width, and an x that begins off a multiple of 16 bytes, are other specializations of the same configuration."""
+    aligned, odd, shifted = broken["specializations"]
+    assert [len(binaries) for binaries in (aligned, odd, shifted)] == [1, 1, 1]  # the second call of each launches the same
+    (aligned,), (odd,), (shifted,) = aligned, odd, shifted
+    assert aligned[:2] == odd[:2] == shifted[:2] and len({aligned[3], odd[3], shifted[3]}) == 3
+    assert aligned[2].startswith("*fp32D") and not shifted[2].startswith("*fp32D")
+    assert aligned[2].count("i32D") > odd[2].count("i32D")
+
+
+def test_the_paper_gpu_leaves_triton_as_it_was(broken):
+    assert broken["restored"]
+
+
+def test_an_interpreted_process_is_refused():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"), paper_gpu("sm_90"):
+        pass
+    done = run("-m", "benchmarks.compile_gate", "swiglu", TRITON_INTERPRET="1")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("compile_gate: ") and done.stderr.count("\n") == 1 and "TRITON_INTERPRET is set" in done.stderr
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="no target sm_12; there are sm_80"), paper_gpu("sm_12"):
+        pass
+    with pytest.raises(ValueError, match="no kernel is named swigloo; there are rms_norm"):
+        select(["swigloo"])
+
+
+def test_occupancy():
+    # NVIDIA's calculator: registers are given out by 256 to a warp, shared memory by 128 bytes, with 1 KiB more for every block.
+    assert occupancy("sm_90", registers=32, shared=0, warps=8) == 1.0
+    assert occupancy("sm_90", registers=33, shared=0, warps=8) == 48 / 64
+    assert occupancy("sm_80", registers=128, shared=0, warps=8) == 16 / 64
+    assert occupancy("sm_80", registers=32, shared=48 << 10, warps=4) == 12 / 64
+    assert occupancy("sm_80", registers=32, shared=163 << 10, warps=4) == 4 / 64
+    assert occupancy("sm_80", registers=32, shared=164 << 10, warps=4) == 0.0
+    assert occupancy("sm_100", registers=16, shared=0, warps=1) == 32 / 64  # of at most 32 blocks
+    assert occupancy("sm_100", registers=32, shared=0, warps=4, columns=256) == 8 / 64
+    # A SIMD of gfx942 has 512 vector registers of each lane for at most 8 wavefronts, 7 with many scalar registers; a compute unit has 4 SIMDs.
+    assert occupancy("gfx942", registers=64, shared=0, warps=4) == 1.0
+    assert occupancy("gfx942", registers=65, shared=0, warps=4) == 28 / 32
+    assert occupancy("gfx942", registers=64, shared=0, warps=4, scalars=112) == 28 / 32
+    assert occupancy("gfx942", registers=64, shared=32 << 10, warps=8) == 16 / 32
+    assert occupancy("gfx942", registers=512, shared=0, warps=8) == 0.0
+
+
+def test_every_shape_of_what_has_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *arguments], check=True, cwd=tmp_path, capture_output=True)
+
+    monkeypatch.setattr(compile_gate, "ROOT", tmp_path)
+    assert compile_gate.changed_modules() == set()  # no repository
+    (tmp_path / "kernels").mkdir()
+    for name in ("runtime", "random", "norm", "gated"):
+        (tmp_path / "kernels" / f"{name}.py").write_text("")
+    (tmp_path / "kernels" / "dropout.py").write_text("from nanotrain.kernels.random import philox\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    assert compile_gate.changed_modules() == set()  # no commit before this one
+    (tmp_path / "kernels" / "gated.py").write_text("# committed\n")
+    git("commit", "-qam", "gated")
+    (tmp_path / "kernels" / "embedding.py").write_text("# not yet tracked\n")
+    assert compile_gate.changed_modules() == {"gated", "embedding"}
+    (tmp_path / "kernels" / "random.py").write_text("# used by dropout\n")
+    (tmp_path / "kernels" / "runtime.py").write_text("# used by all\n")
+    assert compile_gate.changed_modules() == {"gated", "embedding", "random", "dropout"}
+    git("update-ref", "refs/remotes/origin/main", "HEAD~1")
+    git("commit", "-qam", "random")
+    assert "gated" in compile_gate.changed_modules()
+
+
+def test_cases_name_what_there_is():
+    for case in CASES:
+        assert (ROOT / "kernels" / f"{case.module}.py").is_file(), case.title
+    titles = [case.title for case in CASES]
+    assert len(titles) == len(set(titles))
