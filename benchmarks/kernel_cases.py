@@ -12,7 +12,7 @@ from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
-from nanotrain.kernels import dropout, embedding, gated, norm, optimizers, orthogonal, rotary
+from nanotrain.kernels import adafactor, dropout, gated, lookup, norm, optimizers, orthogonal, rotary
 
 Inputs = dict[str, object]
 """Tensors, or lists of them, by the names of the function's arguments."""
@@ -372,8 +372,8 @@ def _liger_embedding():
 
 _EMBEDDING = (
     Case(
-        "embedding", "embedding", ((16384, 128256, 2048), (65536, 50304, 768), (8192, 1000, 80)), _embedding_inputs,
-        lambda i, impl: embedding.embedding(i["tokens"], i["weight"], impl=impl), _embedding_forward_cost, embedding.cost,
+        "embedding", "lookup", ((16384, 128256, 2048), (65536, 50304, 768), (8192, 1000, 80)), _embedding_inputs,
+        lambda i, impl: lookup.embedding(i["tokens"], i["weight"], impl=impl), _embedding_forward_cost, lookup.cost,
         peers=_formula(lambda i: F.embedding(i["tokens"], i["weight"])) | {"liger": _liger_embedding},
     ),
 )  # fmt: skip
@@ -387,17 +387,24 @@ _OPTIMIZER_SHAPES = ((12, 2304, 4096), (48, 768, 768), (300, 64, 64), (9, 333, 7
 _LR, _BETAS, _LION_BETAS, _EPS, _DECAY, _STEP = 1e-3, (0.9, 0.95), (0.9, 0.99), 1e-8, 0.1, 10
 
 
-def _optimizer_inputs(shape, dtype, device, *, moments, stochastic=False):
+def _optimizer_inputs(shape, dtype, device, *, moments=(), factored=False, stochastic=False):
     count, rows, columns = shape
     shapes = [(rows, columns)] * count + [(columns,)] * count
     make = partial(_random, dtype=dtype, device=device)
     inputs = {name: [make(*s) for s in shapes] for name in ("params", "grads")}
-    kept = torch.bfloat16 if stochastic else torch.float32
-    inputs |= {name: [_random(*s, dtype=kept, device=device) for s in shapes] for name in moments}
-    for square in inputs.get("exp_avg_sqs", ()):
-        square.square_()
+    kept = partial(_random, dtype=torch.bfloat16 if stochastic and not factored else torch.float32, device=device)
+    inputs |= {name: [kept(*s) for s in shapes] for name in moments}
+    if factored:
+        matrices, vectors = [None] * count, [None] * count
+        inputs["row_vars"] = [kept(rows, 1) for _ in matrices] + vectors
+        inputs["col_vars"] = [kept(1, columns) for _ in matrices] + vectors
+        inputs["variances"] = matrices + [kept(columns) for _ in vectors]
+    for name in ("exp_avg_sqs", "row_vars", "col_vars", "variances"):
+        for square in inputs.get(name, ()):
+            if square is not None:
+                square.square_()
     masters = None if stochastic or dtype == torch.float32 else [p.float() for p in inputs["params"]]
-    sizes = [s[0] * columns if len(s) == 2 else columns for s in shapes]
+    sizes = [rows * columns] * count + [columns] * count
     starts = [sum(sizes[:number]) for number in range(len(sizes))] if stochastic else None
     scalars = {name: torch.full((), value, device=device) for name, value in (("lr", _LR), ("step", float(_STEP)), ("grad_scale", 1.0))}
     return inputs | scalars | {
@@ -413,6 +420,19 @@ def _adamw(inputs, impl):
 def _lion(inputs, impl):
     inputs = {name: value for name, value in inputs.items() if name != "step"}
     optimizers.lion_(**inputs, betas=_LION_BETAS, weight_decay=_DECAY, impl=impl)
+
+
+def _adafactor(inputs, impl):
+    adafactor.adafactor_(**inputs, weight_decay=_DECAY, impl=impl)
+
+
+def _adafactor_cost(shape, dtype, *, stochastic=False):
+    """Gradients three times, weights twice and out, and parameters too where the weights are their masters; see kernels/adafactor.py."""
+    count, rows, columns = shape
+    elements = count * (rows + 1) * columns
+    masters = not stochastic and dtype != torch.float32
+    weight = 4 if masters else dtype.itemsize
+    return (3 * dtype.itemsize + 3 * weight + masters * dtype.itemsize) * elements, 16 * elements
 
 
 def _optimizer_cost(shape, dtype, *, moments, flops, stochastic=False):
@@ -451,6 +471,22 @@ def _torch_lion(i):
         torch._foreach_copy_(i["params"], weights)
 
 
+def _torch_adafactor():
+    from torch.optim._adafactor import adafactor as theirs
+
+    def step(i):
+        weights, grads = _weights(i)
+        steps = list(torch.full((len(weights),), _STEP - 1.0).unbind())
+        theirs(
+            weights, grads, i["row_vars"], i["col_vars"], i["variances"], steps, foreach=True, d=1.0, lr=_LR, beta2_decay=-0.8,
+            weight_decay=_DECAY, eps1=None, eps2=1e-3, maximize=False,
+        )  # fmt: skip
+        if weights is not i["params"]:
+            torch._foreach_copy_(i["params"], weights)
+
+    return step
+
+
 def _gradients(shape, dtype, device):
     count, rows, columns = shape
     make = partial(_random, dtype=dtype, device=device)
@@ -481,6 +517,14 @@ _OPTIMIZERS = (
     Case(
         "lion_", "optimizers", _OPTIMIZER_SHAPES[:1], partial(_optimizer_inputs, moments=_LION_MOMENTS, stochastic=True), _lion,
         partial(_optimizer_cost, moments=1, flops=9, stochastic=True), variant="stochastic", dtypes=(torch.bfloat16,), in_place=True,
+    ),
+    Case(
+        "adafactor_", "adafactor", _OPTIMIZER_SHAPES, partial(_optimizer_inputs, factored=True), _adafactor, _adafactor_cost, in_place=True,
+        peers={"torch": _torch_adafactor},
+    ),
+    Case(
+        "adafactor_", "adafactor", _OPTIMIZER_SHAPES[:1], partial(_optimizer_inputs, factored=True, stochastic=True), _adafactor,
+        partial(_adafactor_cost, stochastic=True), variant="stochastic", dtypes=(torch.bfloat16,), in_place=True,
     ),
     Case(
         "grad_norm_", "optimizers", _OPTIMIZER_SHAPES, _gradients, lambda i, impl: optimizers.grad_norm_(i["grads"], impl=impl),

@@ -134,11 +134,21 @@ def _binary(function, compiled, options: dict[str, object], target: str) -> Bina
 
 
 def _config(options: dict[str, object]) -> str:
-    return " ".join(f"{name.removeprefix('num_')}={getattr(value, 'value', value)}" for name, value in options.items())
+    return " ".join(f"{name.removeprefix('num_')}={_text(value)}" for name, value in options.items())
+
+
+def _text(value: object) -> str:
+    value = getattr(value, "value", value)  # of a tl.constexpr
+    return ",".join(map(_text, value)) if isinstance(value, tuple) else str(value)
 
 
 def in_a_line(error: Exception) -> str:
-    """The line of a compiler's message that says most: one that names an error, or else the last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    """What went wrong first, in a line: of a compiler's message the line that names an error, or else the last."""
+    kinds, cause = [type(error).__name__], error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if type(cause) is not type(error):
+        kinds.append(type(cause).__name__)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [""]
     named = [line for line in lines if "error" in line.lower() and "codegen error" not in line]
-    return f"{type(error).__name__}: {(named or lines[-1:])[0]}"
+    return ": ".join((*kinds, (named or lines[-1:])[0]))

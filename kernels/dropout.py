@@ -21,8 +21,8 @@ EXAMPLES = ((8, 64), (3, 80), (1, 1), (5, 257))
 """Shapes (rows, C) that tests, the compile gate and benchmarks share."""
 
 _TILE, _COLUMNS = 2048, 1024
-"""Elements of a program, and its most columns: with 4 warps each thread has two 16-byte reads of a bf16 x under way, and, where rows are
-aligned, no more than 42 registers, philox's included, so that 12 programs share a multiprocessor."""
+"""Elements of a program, and its most columns: with 4 warps each thread has two 16-byte reads of a bf16 x under way, and needs some 40
+registers, philox's included, so that ten or more programs share a multiprocessor. The words of philox change places within a thread alone."""
 
 
 def dropout_add_reference(x, residual, p, seed, counters):

@@ -61,7 +61,9 @@ def _remembered(cache: OrderedDict[tuple, torch.Tensor], limit: int, key: tuple,
     return tensor
 
 
-def tensor_table(columns: Sequence[Sequence[torch.Tensor]], integers: Sequence[Sequence[int]] = (), numbers: Sequence[Sequence[float]] = ()):
+def tensor_table(
+    columns: Sequence[Sequence[torch.Tensor]], integers: Sequence[Sequence[int]] = (), numbers: Sequence[Sequence[float]] = ()
+) -> torch.Tensor:
     """Device table of N tensors, int64 (N, columns): addresses first, then `integers`, then `numbers` (fp32, read by `number`).
 
     Each column has N entries, on the first tensor's device; an address is that of the first element. Tensors of a column must have one dtype,
@@ -164,7 +166,7 @@ def _store(pointer, values, mask, WHOLE: tl.constexpr):
 def _top(values, noise):
     """The upper 16 bits of fp32 `values` after `noise` (below 2^16) is added to their bits.
 
-    Infinities and NaN stay what they are: a NaN that arithmetic gave has its mark among the upper bits.
+    Infinities and NaN stay what they are; a NaN that arithmetic gave has its mark among the upper bits.
     """
     bits = values.to(tl.uint32, bitcast=True)
     bits = tl.where((bits & 0x7FFFFFFF) < 0x7F800000, bits + noise, bits)

@@ -212,7 +212,7 @@ class Optimizer:
             self.loss_scale.mul_(torch.where(skipped, 0.5, torch.where(grown, 2.0, 1.0))).clamp_(1.0, 2.0**24)
             self.good_steps.copy_(torch.where(grown, 0.0, good))
         self._clear()
-        self.sums.clear()
+        self.sums = {n: total.zero_() for n, total in self.sums.items()} if self.keep_gradients else {}
         return StepResult(norm, norm > clip, skipped)
 
     def _step_rest(self, grads, factor, scale, skipped, seed):

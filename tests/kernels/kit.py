@@ -36,7 +36,7 @@ _GUARD = 1 << 14
 
 def drawn(examples: int):
     """Settings of a test whose shapes hypothesis draws: the same draws each time, so that a red run can be repeated."""
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    return settings(max_examples=examples, deadline=None, derandomize=True, database=None, report_multiple_bugs=False)
 
 
 dtypes = st.sampled_from(DTYPES)

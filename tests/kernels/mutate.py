@@ -92,7 +92,8 @@ def _run(file: str, mutation: Mutation | None, writer) -> None:
     from hypothesis import Phase, settings
 
     # No shrinking: that the tests fail is all that is asked.
-    settings.register_profile("mutate", phases=(Phase.explicit, Phase.generate), deadline=None, derandomize=True, database=None)
+    once = dict(phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False)
+    settings.register_profile("mutate", **once, deadline=None, derandomize=True, database=None)
     settings.load_profile("mutate")
     errors: list[type] = []
 

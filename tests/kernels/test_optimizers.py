@@ -189,25 +189,25 @@ def same(a, b):
     return torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0))
 
 
-def count(kernels):
-    """Those of the launches counted within the call of `kernels`."""
+def counted(function, *arguments, **options):
+    """(launches by kernel, result) of a call."""
     before = Counter(launches)
-    kernels()
-    return {name: n for name, n in (launches - before).items() if name.endswith("_kernel")}
+    result = function(*arguments, **options)
+    return {name: n for name, n in (launches - before).items() if name.endswith("_kernel")}, result
 
 
 def call(op, lists, options):
     """One call of the kernel, launched once; nothing but what it writes has changed."""
     grads = [g.clone() for g in lists[1]]
     with poisoned():
-        found = count(lambda: op(*lists, impl="triton", **options))
+        found, _ = counted(op, *lists, impl="triton", **options)
     assert found == ({OPS[op][2]: 1} if any(g.numel() for g in grads) else {}), found
     assert all(same(a, b) for a, b in zip(grads, lists[1], strict=True)), "a gradient was overwritten"
 
 
 @ops
 @kinds
-@drawn(6)
+@drawn(5)
 @given(
     sizes=some_sizes, seed=st.integers(0, 99), shift=st.sampled_from([0, 0, 1, 8]), scaled=st.booleans(), each=st.booleans(),
     step=st.sampled_from([1, 2, 1000]),
@@ -254,6 +254,17 @@ def test_bf16_is_rounded_as_the_references_do(op, kind, shift):
         assert same(p, stochastic_round(w, B16, options["seed"], first)), "not rounded as stochastic_round does"
     for got, expected in zip(lists[2:], wide[2:], strict=True):
         assert all(same(a, b.to(a.dtype)) for a, b in zip(got, expected, strict=True)), "moments not rounded to the nearest"
+
+
+def test_what_is_not_finite_stays_so():
+    """Sums too large for fp32 are infinite, and a NaN of ones only, as GPUs give, is not rounded up to a zero."""
+    p = [torch.tensor([3e38, -3e38], dtype=B16, device=DEVICE).repeat(50)]
+    grads, m = [-p[0] / 1e38], [torch.zeros(100, device=DEVICE)]
+    lion_(p, grads, m, lr=2e38, betas=(0.9, 0.9), weight_decay=0.0, seed=1, counter_starts=[0], impl="triton")
+    assert same(p[0], torch.tensor([math.inf, -math.inf], dtype=B16, device=DEVICE).repeat(50))
+    grads, m = [torch.full((3,), 0x7FFFFFFF, dtype=torch.int32, device=DEVICE).view(F32)], [torch.zeros(3, dtype=B16, device=DEVICE)]
+    lion_([torch.zeros(3, device=DEVICE)], grads, m, lr=0.1, betas=(0.9, 0.9), weight_decay=0.0, impl="triton")
+    assert m[0].isnan().all()
 
 
 def test_moments_are_rounded_to_even_in_ties():
@@ -318,9 +329,19 @@ def test_one_launch_however_many_tensors(op):
     call(op, lists, options)
     lists, options, _ = problem(op, "fp32", [0, 0])
     call(op, lists, options)
-    assert count(lambda: op(*([] for _ in lists), impl="triton", **options)) == {}
-    mixed = [[*a, *b] for a, b in zip(problem(op, "fp32", [3, 5])[0], problem(op, "narrow grads and moments", [4])[0], strict=True)]
-    assert count(lambda: op(*mixed, impl="triton", **options)) == {OPS[op][2]: 2}
+    assert counted(op, *([] for _ in lists), impl="triton", **options) == ({}, None)
+
+
+@ops
+def test_a_launch_for_each_combination_of_dtypes(op):
+    results = []
+    for together in (True, False):
+        kinds = [problem(op, kind, sizes) for kind, sizes in (("fp32", [3, 5]), ("narrow grads and moments", [4]))]
+        lists, options = [[*a, *b] for a, b in zip(*(k[0] for k in kinds), strict=True)], kinds[0][1]
+        for each in [lists] if together else [k[0] for k in kinds]:
+            assert counted(op, *each, impl="triton", **options)[0] == {OPS[op][2]: 1 + together}
+        results.append([t for tensors in lists for t in tensors])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_first_and_late_steps_are_unbiased():
@@ -332,7 +353,7 @@ def test_first_and_late_steps_are_unbiased():
             m, v = torch.zeros_like(p), torch.zeros_like(p)
             adamw_([p], [g], [m], [v], lr=1.0, betas=(beta1, beta2), eps=0.0, weight_decay=0.0, step=step, impl="triton" if dtype == F32 else "auto")
             states[dtype] = p.double()
-        torch.testing.assert_close(states[F32], states[torch.float64], rtol=5e-7, atol=0)
+        torch.testing.assert_close(states[F32], states[torch.float64], rtol=1e-6, atol=0)
 
 
 @ops
@@ -378,7 +399,7 @@ def test_what_is_written_must_be_contiguous(op):
         columns[place][1] = torch.ones(24, device=DEVICE, dtype=columns[place][1].dtype)[::2]
         with pytest.raises(ValueError, match=rf"{op.__name__}: {name}\[1\] is not contiguous"):
             op(*lists, impl="triton", **options)
-        assert count(lambda lists=lists, options=options: op(*lists, **options)) == {}
+        assert counted(op, *lists, **options) == ({}, None)
     lists, options, _ = problem(op, "fp32", [24])
     dense, _, _ = problem(op, "fp32", [24])
     turned = [[t.view(4, 6) for t in tensors] for tensors in lists]
@@ -428,12 +449,11 @@ def test_norm_agrees_with_the_reference(sizes, dtype, seed, shift):
     g = torch.Generator().manual_seed(seed)
     memory, grads = apart([(torch.randn(n, generator=g) * 3).to(dtype) for n in sizes], shift)
     before = memory.clone()
-    norms = []
     with poisoned():
-        found = count(lambda: norms.append(grad_norm_(grads, impl="triton")))
+        found, norm = counted(grad_norm_, grads, impl="triton")
     assert found == ({"_square_sum_kernel": 1} if sum(sizes) else {}) | {"_norm_kernel": 1}
     assert same(memory, before)
-    agree(norms[0], grad_norm_reference([g.double() for g in grads]), grad_norm_reference(grads), "norm")
+    agree(norm, grad_norm_reference([g.double() for g in grads]), grad_norm_reference(grads), "norm")
 
 
 def test_norm_of_many_tiles_and_dtypes(monkeypatch):
@@ -443,10 +463,9 @@ def test_norm_of_many_tiles_and_dtypes(monkeypatch):
     monkeypatch.setattr(optimizers, "_SUM_BLOCK", 8)
     g = torch.Generator().manual_seed(0)
     grads = [torch.randn(n, generator=g).to(DEVICE, dtype) for n, dtype in ((100, F32), (33, B16), (0, F16), (7, F32), (500, F16))]
-    norms = []
-    found = count(lambda: norms.append(grad_norm_(grads, impl="triton")))
+    found, norm = counted(grad_norm_, grads, impl="triton")
     assert found == {"_square_sum_kernel": 3, "_norm_kernel": 1}
-    agree(norms[0], grad_norm_reference([g.double() for g in grads]), grad_norm_reference(grads), "norm")
+    agree(norm, grad_norm_reference([g.double() for g in grads]), grad_norm_reference(grads), "norm")
     repeatable(lambda: [grad_norm_(grads, impl="triton")])
 
 
