@@ -169,6 +169,8 @@ def compile_case(case: Case, shape: tuple, dtype: torch.dtype, target: str) -> l
             outputs = [x for x in results(case.call(inputs, "triton")) if x.requires_grad]
             if outputs:
                 torch.autograd.grad(outputs, wanted(inputs), upstream(outputs))
+            if not binaries:
+                raise RuntimeError("the call launched no kernel")
         except Exception as error:
             binaries.append(Binary(case.name, target, "", error=in_a_line(error)))
     return [_row(case, shape, dtype, binary) for binary in binaries]
@@ -204,16 +206,16 @@ def rows(names: Sequence[str] = (), *, every_shape: bool | None = None, targets:
 
 
 def distinct(found: Iterable[Row]) -> list[Row]:
-    """Each binary once, by kernel, configuration, dtype and target."""
+    """Each binary, and each promise of it, once: by kernel, configuration, dtype and target."""
     once = {}
     for row in found:
-        once.setdefault((row.identity, row.target, row.kernel, row.error, row.config if row.error else ""), row)
+        once.setdefault((row.kernel, row.target, row.identity or row.config, row.error, row.declared, row.budget), row)
     order = {case.title: number for number, case in enumerate(CASES)}
     return sorted(once.values(), key=lambda r: (order.get(r.case, len(order)), r.kernel, r.config, r.dtype, TARGETS.index(r.target)))
 
 
 def changed_modules() -> set[str]:
-    """Modules of kernels/ that differ from the branch this one left, or on that branch itself from its last commit but one; none without git.
+    """Modules of kernels/ that differ from the branch this one left, or on that branch itself from the commit before; none without git.
 
     A module is changed too where one that it takes Triton functions from is.
     """

@@ -166,7 +166,7 @@ def _liger_layer_norm():
     return lambda i: LigerLayerNormFunction.apply(i["x"], i["weight"], i["bias"], 1e-5)
 
 
-_NORM_STACK = {("_norm_forward_kernel", "sm_100"): 16, ("_norm_backward_kernel", "sm_100"): 16}
+_NORM_STACK = {("_norm_forward_kernel", "sm_100"): 8, ("_norm_backward_kernel", "sm_100"): 8}
 """Blackwell's ptxas keeps a few values that a program reads once in local memory, where Hopper's, with as many registers, keeps none."""
 
 _NORMS = (

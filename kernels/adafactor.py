@@ -193,7 +193,7 @@ def _sum_tile(
             tl.store(by_row + line, tl.sum(square, 1, keep_dims=True), line * width < limit)
         else:
             v = read(moment, index, mask, "float32", WHOLE)
-            write(moment, index, v + (square - v) * mix, mask, "float32", WHOLE)
+            write(moment, index, (1.0 - mix) * v + mix * square, mask, "float32", WHOLE)
     if factored != 0:
         tl.store(by_column + column, tl.sum(columns, 0, keep_dims=True), column < width)
     tl.store(total, tl.sum(weights))
@@ -220,7 +220,8 @@ def _adafactor_moments_kernel(
         part = start + tl.arange(0, PARTS)[:, None]
         total += tl.load(first + part * count + index[None, :], (part < parts) & mask[None, :], 0.0)
     old = read(moment, index, mask, "float32", False)
-    new = old + (tl.sum(total, 0) / length - old) * _mix(step, beta2_decay)
+    mix = _mix(step, beta2_decay)
+    new = (1.0 - mix) * old + mix * (tl.sum(total, 0) / length)
     write(moment, index, new, mask, "float32", False)
     if along:
         tl.store(scratch + sums + chunk, tl.sum(tl.where(mask, new, 0.0), 0))

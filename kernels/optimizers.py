@@ -148,15 +148,21 @@ def _adamw_kernel(
 def _adamw_block(tensors, index, size, counter, noise, numbers, DTYPES: tl.constexpr, HAS_MASTERS: tl.constexpr, WHOLE: tl.constexpr):
     weight, grad, first, second, param = tensors
     scale, beta1, rest1, beta2, rest2, eps, rate, decay, spread = numbers
+    # Named, for Triton 3.6 takes a tuple's strings for no constants.
+    WEIGHT: tl.constexpr = DTYPES[0]
+    GRAD: tl.constexpr = DTYPES[1]
+    FIRST: tl.constexpr = DTYPES[2]
+    SECOND: tl.constexpr = DTYPES[3]
+    PARAM: tl.constexpr = DTYPES[4]
     mask = index < size
-    w = read(weight, index, mask, DTYPES[0], WHOLE)
-    g = read(grad, index, mask, DTYPES[1], WHOLE) * scale
-    m = beta1 * read(first, index, mask, DTYPES[2], WHOLE) + rest1 * g
-    v = beta2 * read(second, index, mask, DTYPES[3], WHOLE) + rest2 * g * g
+    w = read(weight, index, mask, WEIGHT, WHOLE)
+    g = read(grad, index, mask, GRAD, WHOLE) * scale
+    m = beta1 * read(first, index, mask, FIRST, WHOLE) + rest1 * g
+    v = beta2 * read(second, index, mask, SECOND, WHOLE) + rest2 * g * g
     w -= decay * w + rate * m / (tl.sqrt(v) * spread + eps)
-    write(first, index, m, mask, DTYPES[2], WHOLE)
-    write(second, index, v, mask, DTYPES[3], WHOLE)
-    _write_weight(weight, param, index, w, mask, counter, noise, DTYPES[0], DTYPES[4], HAS_MASTERS, WHOLE)
+    write(first, index, m, mask, FIRST, WHOLE)
+    write(second, index, v, mask, SECOND, WHOLE)
+    _write_weight(weight, param, index, w, mask, counter, noise, WEIGHT, PARAM, HAS_MASTERS, WHOLE)
 
 
 @jit
@@ -187,14 +193,18 @@ def _lion_kernel(
 def _lion_block(tensors, index, size, counter, noise, numbers, DTYPES: tl.constexpr, HAS_MASTERS: tl.constexpr, WHOLE: tl.constexpr):
     weight, grad, first, param = tensors
     scale, beta1, rest1, beta2, rest2, rate, decay = numbers
+    WEIGHT: tl.constexpr = DTYPES[0]
+    GRAD: tl.constexpr = DTYPES[1]
+    FIRST: tl.constexpr = DTYPES[2]
+    PARAM: tl.constexpr = DTYPES[3]
     mask = index < size
-    w = read(weight, index, mask, DTYPES[0], WHOLE)
-    g = read(grad, index, mask, DTYPES[1], WHOLE) * scale
-    m = read(first, index, mask, DTYPES[2], WHOLE)
+    w = read(weight, index, mask, WEIGHT, WHOLE)
+    g = read(grad, index, mask, GRAD, WHOLE) * scale
+    m = read(first, index, mask, FIRST, WHOLE)
     turn = beta1 * m + rest1 * g
     w -= decay * w + tl.where(turn > 0, rate, tl.where(turn < 0, -rate, 0.0))
-    write(first, index, beta2 * m + rest2 * g, mask, DTYPES[2], WHOLE)
-    _write_weight(weight, param, index, w, mask, counter, noise, DTYPES[0], DTYPES[3], HAS_MASTERS, WHOLE)
+    write(first, index, beta2 * m + rest2 * g, mask, FIRST, WHOLE)
+    _write_weight(weight, param, index, w, mask, counter, noise, WEIGHT, PARAM, HAS_MASTERS, WHOLE)
 
 
 @jit

@@ -118,6 +118,7 @@ cases = {
     "undeclared": [(case(product), bfloat16, t) for t in TARGETS],
     "meaningless": [(case(lambda x: (launch(_meaningless_kernel, (1,), x, BLOCK=16), plain(x))), float32, "sm_80")],
     "refused": [(case(refused), float32, "sm_80")],
+    "idle": [(case(lambda x: None), float32, "sm_80")],
 }
 found = {}
 for name, jobs in cases.items():
@@ -160,6 +161,7 @@ def test_kept_budgets_pass(broken):
         ("undeclared", 4, "declares the matrix instruction -, found "),
         ("meaningless", 1, "does not compile: CompilationError: NameError('missing is not defined')"),
         ("refused", 1, "does not compile: ValueError: this launcher takes no such tensor"),
+        ("idle", 1, "does not compile: RuntimeError: the call launched no kernel"),
     ],
 )
 def test_a_broken_budget_fails_with_a_line_that_says_why(broken, name, count, reason):

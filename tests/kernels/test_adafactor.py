@@ -41,7 +41,8 @@ class Call:
         self.moments = [*sides, [None if len(s) == 2 else moment(s, n) for n, s in enumerate(shapes)]]
         self.masters = [place(p.to(wide)) for p in start] if kind in ("fp16", "bf16") else None
         rounded = dict(seed=7, counter_starts=[(1 << 33) + 100_000 * n for n in range(len(shapes))]) if kind == "rounded" else {}
-        self.options = dict(lr=0.3, step=1 if fresh else 3, eps=(1e-2, 0.3), clip_threshold=0.7, grad_scale=0.5, weight_decay=0.125) | rounded | options
+        numbers = dict(lr=0.3, step=1 if fresh else 3, eps=(1e-2, 0.3), clip_threshold=0.7, grad_scale=0.5, weight_decay=0.125)
+        self.options = numbers | rounded | options
 
     def written(self) -> dict[str, torch.Tensor]:
         """Every tensor that a step may write, by its kind and number."""
@@ -62,7 +63,7 @@ def copies(call: Call) -> dict[str, torch.Tensor]:
 def compare(shapes, kind, seed=0, layout="contiguous", **options):
     """A step of the kernels is as near to float64 as one of the reference, and writes nothing out of bounds."""
     call, same = Call(shapes, kind, seed, layout, **options), Call(shapes, kind, seed, layout, **options)
-    exact = Call(shapes, "fp32", seed, wide=torch.float64, **(options | {k: v for k, v in call.options.items() if k in ("step",)}))
+    exact = Call(shapes, "fp32", seed, wide=torch.float64, **options)
     for theirs, mine in zip([*exact.grads, *exact.params], [*call.grads, *(call.masters or call.params)], strict=True):
         theirs.copy_(mine)
     before = Counter(launches)

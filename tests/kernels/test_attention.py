@@ -10,6 +10,8 @@ from nanotrain.kernels import attention
 from nanotrain.kernels.attention import EXAMPLES, flash_attention
 from nanotrain.kernels.random import philox
 
+from tests.kernels.kit import DEVICE, check, on_gpu, values
+
 
 def oracle(
     q,
@@ -299,6 +301,21 @@ def test_long_inputs_never_hold_all_scores():
     with Watch():
         flash_attention(q, k, v, softcap=5.0, bias=bias).sum().backward()
     assert largest <= attention._SCORES < 3000 * 3000
+
+
+@on_gpu
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("K,D", [(4, 64), (2, 40)])
+def test_packed_documents_on_a_gpu(window, K, D):
+    """What torch ships serves there until this operation has a kernel: documents of no token, one token and many, bf16."""
+    T, H = 333, 4
+    tensors = {name: values((1, T, heads, D), seed, torch.bfloat16) for name, heads, seed in (("q", H, 1), ("k", K, 2), ("v", K, 3))}
+    offsets = torch.tensor([0, 1, 1, 70, 200, T, T, T], dtype=torch.int32, device=DEVICE)
+
+    def attend(impl):
+        return lambda q, k, v: flash_attention(q, k, v, window=window, cu_seqlens=offsets, impl=impl)
+
+    check(attend("auto"), attend("reference"), tensors, {})
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 TESTS = ["tests/kernels/test_optimizers.py"]
 
 MUTATIONS = [
-    ("adamw_", "DTYPES[2], WHOLE) + rest1 * g", "DTYPES[2], WHOLE) + g"),
+    ("adamw_", "FIRST, WHOLE) + rest1 * g", "FIRST, WHOLE) + g"),
     ("adamw_", "rest2 * g * g", "rest2 * g"),
     ("adamw_", "(tl.sqrt(v) * spread + eps)", "(tl.sqrt(v) * spread)"),
     ("adamw_", "w -= decay * w + rate * m", "w -= rate * m"),
