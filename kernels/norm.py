@@ -267,7 +267,7 @@ def _tile(width: int, per_thread: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a tile for rows of `width`, with so many elements a thread."""
     block = min(WIDEST, 1 << max(0, width - 1).bit_length())
     rows = max(1, _TILE // block)
-    return rows, block, min(32, max(4, rows * block // (32 * per_thread)))
+    return rows, block, min(16, max(4, rows * block // (32 * per_thread)))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
