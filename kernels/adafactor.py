@@ -34,10 +34,10 @@ _ROWS, _COLUMNS = 64, 128
 """A tile, of one program with 4 warps. A row of it is one access of 16 bytes of fp32 for each thread of a warp, and its columns are summed in
 registers; 64 rows pay for the look-up of the tensor, and leave of a matrix 1/64 to be summed along columns and 1/128 along rows."""
 
-_SUM_ROWS, _NORM_ROWS, _APPLY_ROWS, _EDGE_ROWS = 8, 16, 4, 4
-"""Rows of a tile in flight: of two tensors that do not meet; of one; of tensors that do, where more than 4 elements a thread would have Triton
-turn the layout of fp32 beside bf16 in shared memory; and of tiles that are cut off or start anywhere, each of whose elements has an address and
-a mask in registers."""
+_APART, _TOGETHER, _EDGE = 8, 4, 2
+"""Rows of a tile in flight: where tensors are only summed; where they meet, and more than 4 elements a thread would have Triton turn the layout of
+fp32 beside bf16 in shared memory; and in tiles that are cut off or start anywhere, each of whose elements has an address and a mask in registers,
+so that with more of them fewer programs would share a multiprocessor."""
 
 _CHUNK, _PARTS = 32, 64
 """Moments of a program, and those sums that make them that it adds at once: the longest, of 2,000 tiles above each other in an embedding of
@@ -391,16 +391,16 @@ def _triton(
             [[scales[i] for i in indices], [decays[i] for i in indices]],
         )
         scratch, tile, chunk = torch.empty(end, dtype=torch.float32, device=device), tile_map(tiles, device), tile_map(chunks, device)
-        types = dict(DTYPES=dtypes, EDGE=_EDGE_ROWS, **switches, num_warps=4)
-        launch(_adafactor_sums_kernel, (len(tile),), table, tile, scratch, step, scale, found, float(beta2_decay), BLOCK=_SUM_ROWS, **types)
+        types = dict(DTYPES=dtypes, EDGE=_EDGE, **switches, num_warps=4)
+        launch(_adafactor_sums_kernel, (len(tile),), table, tile, scratch, step, scale, found, float(beta2_decay), BLOCK=_APART, **types)
         if len(chunk):
             launch(_adafactor_moments_kernel, (len(chunk),), table, chunk, scratch, step, found, float(beta2_decay), PARTS=_PARTS, **switches,
                    num_warps=4)  # fmt: skip
         launch(_adafactor_totals_kernel, (len(indices), 2), table, scratch, FIRST=0, BLOCK=_TOTAL_BLOCK, **switches, num_warps=8)
-        launch(_adafactor_norms_kernel, (len(tile),), table, tile, scratch, scale, found, eps1, least, BLOCK=_NORM_ROWS, **types)
+        launch(_adafactor_norms_kernel, (len(tile),), table, tile, scratch, scale, found, eps1, least, BLOCK=_APART, **types)
         launch(_adafactor_totals_kernel, (len(indices), 1), table, scratch, FIRST=2, BLOCK=_TOTAL_BLOCK, **switches, num_warps=8)
         launch(_adafactor_apply_kernel, (len(tile),), table, tile, scratch, lr, step, scale, found, seed, eps1, least, float(eps[1]),
-               float(clip_threshold), HAS_MASTERS=masters is not None, BLOCK=_APPLY_ROWS, **types)  # fmt: skip
+               float(clip_threshold), HAS_MASTERS=masters is not None, BLOCK=_TOGETHER, **types)  # fmt: skip
 
 
 def _each(numbers: Sequence[float] | float | None, count: int) -> Sequence[float]:

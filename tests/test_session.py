@@ -206,7 +206,7 @@ def test_the_memory_plan_is_near_what_is_measured(data, tmp_path, dtype, shape):
         [sys.executable, "-m", "nanotrain", "pretrain", f"--data.dir={data}", f"--run.dir={tmp_path}/r", "--train.steps=1", f"--model.width={width}",
          "--model.layers=4", "--model.heads=8", f"--train.micro_batch={rows}", f"--train.length={length}", f"--train.dtype={dtype}",
          "--optim.name=adamw", "--run.device=cpu"],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (event,) = events(tmp_path / "r", "memory")

@@ -12,7 +12,6 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -190,7 +189,7 @@ class Training:
         facts = dict(model=asdict(c.model), dtype=c.train.dtype, seed=c.run.seed, length=c.train.length, **fingerprints)
         self.session = Session(folder, self.model, self.optimizer, facts, c.checkpoint.keep)
         self.gpu = GpuWatch(device)
-        self.step = partial(step, self.model, self.optimizer, seed=c.run.seed)
+        self.step = lambda batches, factor: step(self.model, self.optimizer, batches, factor, c.run.seed)
         if c.train.cuda_graph:
             self.optimizer.keep_gradients = True
             self.step = CapturedStep(self.step, c.train.length)
