@@ -173,6 +173,8 @@ def _sum_tile(
     weight, grad, moment, sums, numbers,
     DTYPES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    WEIGHT: tl.constexpr = DTYPES[0]  # named, for Triton 3.6 takes a tuple's strings for no constants
+    GRAD: tl.constexpr = DTYPES[1]
     top, left, limit, width, factored, scale, mix = numbers
     by_row, by_column, total = sums
     if WHOLE:
@@ -184,8 +186,8 @@ def _sum_tile(
         line = top + start + tl.arange(0, BLOCK)[:, None]
         index = line * width + column
         mask = (column < width) & (index < limit)
-        w = read(weight, index, mask, DTYPES[0], WHOLE)
-        g = read(grad, index, mask, DTYPES[1], WHOLE) * scale
+        w = read(weight, index, mask, WEIGHT, WHOLE)
+        g = read(grad, index, mask, GRAD, WHOLE) * scale
         weights += w * w
         square = g * g
         if factored != 0:
@@ -286,10 +288,11 @@ def _norm_tile(
 @jit
 def _update(grad, moments, line, column, limit, width, factored, scale, least, DTYPES: tl.constexpr, WHOLE: tl.constexpr):
     """(index, mask, update before it is clipped) of some lines of a tile."""
+    GRAD: tl.constexpr = DTYPES[1]
     first, columns = moments
     index = line * width + column
     mask = (column < width) & (index < limit)
-    g = read(grad, index, mask, DTYPES[1], WHOLE) * scale
+    g = read(grad, index, mask, GRAD, WHOLE) * scale
     if factored != 0:
         v = read(first, line, line * width < limit, "float32", False) * columns
     else:
@@ -333,6 +336,8 @@ def _apply_tile(
     addresses, numbers,
     DTYPES: tl.constexpr, HAS_MASTERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    WEIGHT: tl.constexpr = DTYPES[0]
+    PARAM: tl.constexpr = DTYPES[4]
     weight, grad, first, second, param = addresses
     top, left, limit, width, factored, scale, mean, least, decay, pace, noise, counter = numbers
     if WHOLE:
@@ -342,14 +347,14 @@ def _apply_tile(
     for start in range(0, tl.minimum(tl.cdiv(limit, width) - top, ROWS).to(tl.int32), BLOCK):
         line = top + start + tl.arange(0, BLOCK)[:, None]
         index, mask, update = _update(grad, moments, line, column, limit, width, factored, scale, least, DTYPES, WHOLE)
-        w = read(weight, index, mask, DTYPES[0], WHOLE)
+        w = read(weight, index, mask, WEIGHT, WHOLE)
         w -= decay * w + pace * update
-        if DTYPES[0] == "bfloat16":
+        if WEIGHT == "bfloat16":
             write_stochastic(weight, index, w, mask, noise, counter, WHOLE)
         else:
-            write(weight, index, w, mask, DTYPES[0], WHOLE)
+            write(weight, index, w, mask, WEIGHT, WHOLE)
         if HAS_MASTERS:
-            write(param, index, w, mask, DTYPES[4], WHOLE)
+            write(param, index, w, mask, PARAM, WHOLE)
 
 
 @lru_cache(maxsize=32)

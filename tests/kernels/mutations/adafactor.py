@@ -20,7 +20,7 @@ MUTATIONS = [
     ("adafactor_", "    rate = tl.load(lr).to(tl.float32) * number(row + 10)", "    rate = tl.load(lr).to(tl.float32)"),
     ("adafactor_", "        w -= decay * w + pace * update\n", "        w -= pace * update\n"),
     ("adafactor_", "            write_stochastic(weight, index, w, mask, noise, counter, WHOLE)", "            write_stochastic(weight, index, w, mask, noise, counter * 0, WHOLE)"),
-    ("adafactor_", "            write(param, index, w, mask, DTYPES[4], WHOLE)", "            write(param, index, w - pace * update, mask, DTYPES[4], WHOLE)"),
+    ("adafactor_", "            write(param, index, w, mask, PARAM, WHOLE)", "            write(param, index, w - pace * update, mask, PARAM, WHOLE)"),
     ("adafactor_", "    first = scratch + tl.where(which == 0, chunks, tiles)\n", "    first = scratch + chunks\n"),
     ("adafactor_", "    weights = tl.sqrt(tl.load(total + 1) / size.to(tl.float32))", "    weights = tl.sqrt(tl.load(total + 1) / rows.to(tl.float32))"),
     ("adafactor_", "    least = max(eps1 * eps1, torch.finfo(torch.float32).tiny)", "    least = max(eps1, torch.finfo(torch.float32).tiny)"),
