@@ -79,7 +79,7 @@ class Board:
 def board(device: torch.device) -> Board:
     """Of the GPU of a device; empty where there is no NVML."""
     watch = GpuWatch(device)
-    n, h = watch._nvml, watch._handle
+    n, h = watch.nvml, watch.handle
     if n is None:
         return Board()
     milliwatts, mhz, bus = (ask(question) for question in (

@@ -27,22 +27,22 @@ class GpuWatch:
     def __init__(self, device: torch.device, every_s: float = 10.0):
         self.every_s, self.latest = every_s, None
         self._next = 0.0
-        self._nvml = self._handle = None
+        self.nvml = self.handle = None
         if device.type == "cuda":
             try:
                 import pynvml
 
                 pynvml.nvmlInit()
-                self._handle, self._nvml = _handle(pynvml, torch.cuda.get_device_properties(device)), pynvml
+                self.handle, self.nvml = _handle(pynvml, torch.cuda.get_device_properties(device)), pynvml
             except Exception:  # no package, no driver, or a board it does not know: training needs none of them
-                self._nvml = None
+                self.nvml = None
 
     def read(self) -> dict[str, Any] | None:
         """New figures (`read_board`), or None where it is not yet time for them or there are none; `latest` keeps them."""
-        if self._nvml is None or time.monotonic() < self._next:
+        if self.nvml is None or time.monotonic() < self._next:
             return None
         self._next = time.monotonic() + self.every_s
-        figures = read_board(self._nvml, self._handle)
+        figures = read_board(self.nvml, self.handle)
         self.latest = figures if any(value is not None for value in figures.values()) else None
         return self.latest
 

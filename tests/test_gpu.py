@@ -77,8 +77,8 @@ def test_a_figure_the_board_does_not_give_is_none(watch):
 def test_a_board_that_is_lost_ends_nothing(watch):
     there = watch()
     there.read()
-    for name in [name for name in vars(there._nvml) if name.startswith("nvmlDevice")]:
-        setattr(there._nvml, name, lost)
+    for name in [name for name in vars(there.nvml) if name.startswith("nvmlDevice")]:
+        setattr(there.nvml, name, lost)
     assert there.read() is None and there.latest is None
 
 
