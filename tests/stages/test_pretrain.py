@@ -185,6 +185,8 @@ VARIANTS = {
     "bf16": ("--train.dtype=bfloat16",),
     "fp16": ("--train.dtype=float16",),
     "adamw": ("--optim.name=adamw", "--optim.weight_decay=0.1"),
+    "lion": ("--optim.name=lion", "--train.dtype=bfloat16", "--optim.masters=false", "--optim.moments=bfloat16"),
+    "adafactor": ("--optim.name=adafactor", "--train.accumulate=2"),
     "tokens": ("--train.steps=0", "--train.tokens=1280"),
 }
 
