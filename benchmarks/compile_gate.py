@@ -1,15 +1,16 @@
-"""python -m benchmarks.compile_gate [--all] [--csv FILE] [NAME ...]: compile every kernel for four GPUs, with no GPU, and hold it to its budget.
+"""python -m benchmarks.compile_gate [--all] [--wide] [--csv FILE] [NAME ...]: compile every kernel for four GPUs and hold it to its budget.
 
-Public functions run on tensors without storage, forward and backward (benchmarks/paper_gpu.py), so signature, alignment and constexprs are
-the launchers' own. For sm_80, sm_90, sm_100 and gfx942 the table shows each distinct kernel: its configuration, registers of a thread, shared
-memory of a block, bytes that a thread spills to local memory, the matrix instruction it declares and the one found in it, and occupancy.
-Last come the types of its arguments, with D where Triton relies on divisibility by 16.
+Needs no GPU: public functions run on tensors without storage, forward and backward (benchmarks/paper_gpu.py), so signature, alignment and
+constexprs are the launchers' own. For sm_80, sm_90, sm_100 and gfx942 the table shows each distinct kernel: registers of a thread, shared
+memory of a block and bytes that a thread spills to local memory, the matrix instruction it declares and the one found in it, occupancy, and
+its configuration, of whose switches those that are on.
 
 The exit status is 1, and a line says why, where a kernel does not compile, wants more shared memory than the GPU has, spills more than its
-case's written budget, lacks the matrix instruction that it declares, or has one that it does not declare.
+case's written budget, lacks the matrix instruction that it declares, or has one that it does not declare; 2 where nothing can be compiled.
 
-A run takes the first shape of each case in bf16, fp32 and fp16, and every shape of kernels whose files differ from the branch this one
-left, or from the last commit; --all takes every shape of every case. Triton's cache keeps what was compiled.
+A run takes the first shape of each case, or what else it takes to reach each kernel, in bf16, fp32 and fp16, and every shape of kernels whose
+files differ from the branch this one left, or from the last commit: of all kernels where benchmarks/kernel_cases.py or kernels/runtime.py do.
+--all takes every shape of every case. Triton's cache keeps what was compiled.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import argparse
 import csv
 import multiprocessing
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import textwrap
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
@@ -161,9 +166,14 @@ def _row(case: Case, shape: tuple, dtype: torch.dtype, binary: Binary) -> Row:
     )  # fmt: skip
 
 
-def compile_case(case: Case, shape: tuple, dtype: torch.dtype, target: str) -> list[Row]:
-    """The kernels that one call of a case launches, and its backward, as `target`'s compiler makes them; a call that fails is a row too."""
-    with paper_gpu(target) as binaries:
+def compile_case(
+    case: Case, shape: tuple[int, ...], dtype: torch.dtype, target: str, before: Callable[[Binary], object] = lambda binary: None
+) -> list[Row]:
+    """The kernels that one call of a case launches, and its backward, as `target`'s compiler makes them; a call that fails is a row too.
+
+    `before` is told of each kernel before it is compiled.
+    """
+    with paper_gpu(target, before) as binaries:
         try:
             inputs = case.make(shape, dtype, "meta")
             outputs = [x for x in results(case.call(inputs, "triton")) if x.requires_grad]
@@ -176,33 +186,99 @@ def compile_case(case: Case, shape: tuple, dtype: torch.dtype, target: str) -> l
     return [_row(case, shape, dtype, binary) for binary in binaries]
 
 
-def _compile(job: tuple[int, int, str]) -> list[Row]:
-    """The rows of case number `index` on its first `count` shapes."""
-    index, count, target = job
-    case = CASES[index]
-    return [row for shape in case.shapes[:count] for dtype in case.dtypes for row in compile_case(case, shape, dtype, target)]
+Call = tuple[int, tuple[int, ...], torch.dtype, str]
+"""Number of a case, shape, dtype, target."""
+
+
+class _Compiler:
+    """A process that compiles one call after another; where a call ends it, which a compiler's crash does, the next is given a new one."""
+
+    def __init__(self):
+        # It starts afresh: Triton's compilers, like autograd, do not survive a fork of a process that has used them.
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def begin(self, call: Call) -> None:
+        self.call, self.at = call, None
+        self.connection.send(call)
+
+    def receive(self) -> list[Row] | None:
+        """The rows of the call once it is done, and before that None. RuntimeError for a process that has not even begun."""
+        try:
+            message = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            status = self.process.exitcode
+            how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            if self.at is None:
+                raise RuntimeError(f"a process for the compiler ended before it began ({how})") from None
+            index, shape, dtype, _ = self.call
+            return [_row(CASES[index], shape, dtype, replace(self.at, error=f"it ends the compiler's process ({how})"))]
+        if isinstance(message, Binary):
+            self.at, message = message, None
+        return message
+
+    def end(self) -> None:
+        self.connection.close()
+        self.process.join()
+
+
+def _serve(connection: Connection) -> None:
+    """Answer calls by their rows, and before that by what is to be compiled next, until the other side hangs up."""
+    while True:
+        try:
+            index, shape, dtype, target = connection.recv()
+        except EOFError:
+            return
+        connection.send(Binary(CASES[index].name, target, ""))
+        connection.send(compile_case(CASES[index], shape, dtype, target, connection.send))
+
+
+def compile_calls(calls: Iterable[Call], workers: int = 2) -> list[Row]:
+    """The rows of all calls, compiled in so many processes at a time."""
+    calls, busy, found = deque(calls), {}, []
+
+    def begin(compiler: _Compiler) -> None:
+        compiler.begin(calls.popleft())
+        busy[compiler.connection] = compiler
+
+    for _ in range(min(workers, len(calls))):
+        begin(_Compiler())
+    while busy:
+        for connection in wait(list(busy)):
+            compiler = busy[connection]
+            rows = compiler.receive()
+            if rows is None:
+                continue
+            found += rows
+            del busy[connection]
+            if calls:
+                begin(compiler if compiler.process.is_alive() else _Compiler())
+            else:
+                compiler.end()
+    return found
 
 
 def rows(names: Sequence[str] = (), *, every_shape: bool | None = None, targets: Iterable[str] = TARGETS, workers: int = 2) -> list[Row]:
     """Every distinct kernel of the named functions, or of all, on every target.
 
-    `every_shape` None takes the first shape of each case, and every shape of those whose files have changed. Raises ValueError for a name
-    that is none, RuntimeError where Triton cannot compile in this process.
+    `every_shape` None takes of each case what reaches each kernel, and every shape of those whose files have changed. Raises ValueError for
+    a name that is none, RuntimeError where Triton cannot compile in this process.
     """
     with paper_gpu(TARGETS[0]):
         pass  # says now, and not from a worker, why nothing could be compiled
     changed = changed_modules() if every_shape is None else set()
-    chosen, jobs = select(names), []
+    chosen, calls = select(names), []
     for target in targets:
         for index, case in enumerate(CASES):
+            shapes = case.shapes if every_shape or case.module in changed else case.shapes[: case.always]
             if case in chosen:
-                jobs.append((index, len(case.shapes) if every_shape or case.module in changed else 1, target))
-    # A job is as long as its case has shapes: the long ones first, so that no worker is left with one at the end.
-    jobs.sort(key=lambda job: -job[1])
-    # Workers start afresh: Triton's compilers, like autograd, do not survive a fork of a process that has used them.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        found = [row for part in pool.map(_compile, jobs) for row in part]
-    return distinct(found)
+                calls += [(number, (index, shape, dtype, target)) for number, shape in enumerate(shapes) for dtype in case.dtypes]
+    # First shapes first: two that share a kernel are far apart then, so that the second finds it in the cache.
+    return distinct(compile_calls((call for _, call in sorted(calls, key=lambda item: item[0])), workers))
 
 
 def distinct(found: Iterable[Row]) -> list[Row]:
@@ -217,17 +293,23 @@ def distinct(found: Iterable[Row]) -> list[Row]:
 def changed_modules() -> set[str]:
     """Modules of kernels/ that differ from the branch this one left, or on that branch itself from the commit before; none without git.
 
-    A module is changed too where one that it takes Triton functions from is.
+    A module is changed too where one that it takes functions from is, and all that have cases are where the cases have changed.
     """
     base = next((b for ref in ("origin/HEAD", "origin/main", "origin/master") if (b := _git("merge-base", "HEAD", ref))), "")
     if base == _git("rev-parse", "HEAD"):
         base = ""
     base = base or _git("rev-parse", "--verify", "--quiet", "HEAD~1") or "HEAD"
     paths = f"{_git('diff', '--name-only', base)}\n{_git('ls-files', '--others', '--exclude-standard')}".split()
-    changed = {Path(path).stem for path in paths if re.fullmatch(r"kernels/\w+\.py", path)} - {"runtime", "native", "cpu"}
-    for path in (ROOT / "kernels").glob("*.py"):
-        if changed & set(re.findall(r"^from nanotrain\.kernels\.(\w+) import", path.read_text(), re.MULTILINE)):
-            changed = changed | {path.stem}
+    # What serves CPUs alone makes no kernel another.
+    changed = {Path(path).stem for path in paths if re.fullmatch(r"kernels/\w+\.py", path)} - {"native", "cpu"}
+    if "benchmarks/kernel_cases.py" in paths:
+        changed |= {case.module for case in CASES}
+    uses = {
+        path.stem: set(re.findall(r"^from nanotrain\.kernels\.(\w+) import", path.read_text(), re.MULTILINE))
+        for path in (ROOT / "kernels").glob("*.py")
+    }
+    while more := {name for name, used in uses.items() if used & changed} - changed:
+        changed |= more
     return changed
 
 
@@ -238,56 +320,75 @@ def _git(*arguments: str) -> str:
         return ""
 
 
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def _switches(config: str) -> str:
+    """A configuration with the names of the switches that are on, and without those that are off."""
+    return " ".join(part.removesuffix("=True") for part in config.split() if not part.endswith("=False"))
+
+
+def _built(text: str, row: Row) -> str:
+    return "-" if row.error else text
+
+
 _COLUMNS: dict[str, Callable[[Row], str]] = {
-    "kernel": lambda r: r.kernel,
-    "config": lambda r: r.config,
-    "dtype": lambda r: r.dtype,
+    "kernel": lambda r: r.kernel.removeprefix("_").removesuffix("_kernel"),
+    "dtype": lambda r: _SHORT.get(r.dtype, r.dtype),
     "target": lambda r: r.target,
-    "registers": lambda r: str(r.registers),
-    "shared": lambda r: f"{r.shared:,}",
-    "spills": lambda r: f"{r.spills:,}",
+    "registers": lambda r: _built(str(r.registers), r),
+    "shared": lambda r: _built(f"{r.shared:,}", r),
+    "spills": lambda r: _built(f"{r.spills:,}", r),
     "declared": lambda r: r.declared,
-    "found": lambda r: r.found,
-    "occupancy": lambda r: "-" if r.error else f"{r.occupancy:.0%}",
-    "arguments": lambda r: "does not compile" if r.error else r.specialization,
+    "found": lambda r: "error" if r.error else r.found,
+    "occupancy": lambda r: _built(f"{r.occupancy:.0%}", r),
+    "config": lambda r: _switches(r.config),
 }
 
 _NUMBERS = ("registers", "shared", "spills", "occupancy")
 
 
-def table(found: Sequence[Row]) -> str:
-    """The rows as text."""
-    lines = [list(_COLUMNS), *([show(row) for show in _COLUMNS.values()] for row in found)]
+def table(found: Sequence[Row], *, wide: bool = False) -> str:
+    """The rows as text; `wide` adds the types of arguments, with D where Triton relies on divisibility by 16."""
+    columns = _COLUMNS | ({"arguments": lambda r: r.specialization} if wide else {})
+    lines = [list(columns), *([show(row) for show in columns.values()] for row in found)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(w) if name in _NUMBERS else cell.ljust(w) for cell, w, name in zip(line, widths, _COLUMNS, strict=True)).rstrip()
+        "  ".join(cell.rjust(w) if name in _NUMBERS else cell.ljust(w) for cell, w, name in zip(line, widths, columns, strict=True)).rstrip()
         for line in lines
     )
 
 
 def write_csv(path: Path, found: Sequence[Row]) -> None:
-    """The rows with all their fields."""
+    """The rows with all their fields, and Triton's version, on which they depend."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, Row.__dataclass_fields__)
+        writer = csv.DictWriter(file, [*Row.__dataclass_fields__, "triton"])
         writer.writeheader()
-        writer.writerows(vars(row) for row in found)
+        writer.writerows(vars(row) | {"triton": triton.__version__} for row in found)
 
 
-def report(found: Sequence[Row]) -> int:
+def report(found: Sequence[Row], *, wide: bool = False) -> int:
     """Print the table and every reason to fail; the exit status."""
-    print(table(found))
+    print(table(found, wide=wide))
     reasons = [reason for row in found for reason in row.reasons()]
     for reason in reasons:
         print(f"compile_gate: {reason}")
-    print(f"{len(found)} kernels, {len(reasons)} broken budgets")
+    print(f"{len(found)} kernels compiled by Triton {triton.__version__}, {len(reasons)} broken budgets")
     return 1 if reasons else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 where every budget is kept, 1 where one is broken, 2 where nothing can be compiled."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_gate", description=__doc__.split("\n\n")[0].split(": ", 1)[1])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(dict.fromkeys(case.name for case in CASES))}")
+    usage, *paragraphs = __doc__.split("\n\n")
+    width = shutil.get_terminal_size().columns - 2
+    about = "\n\n".join(textwrap.fill(part, width) for part in (f"C{usage.split(': c', 1)[1]}", *paragraphs))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compile_gate", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = ", ".join(dict.fromkeys(case.name for case in CASES))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; all where none is given")
     parser.add_argument("--all", action="store_true", help="every shape of every case")
+    parser.add_argument("--wide", action="store_true", help="with the types of arguments, D where Triton relies on divisibility by 16")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table, with all fields, to FILE too")
     options = parser.parse_args(argv)
     try:
@@ -295,9 +396,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, ValueError) as error:
         print(f"compile_gate: {error}", file=sys.stderr)
         return 2
+    status = report(found, wide=options.wide)
     if options.csv is not None:
-        write_csv(options.csv, found)
-    return report(found)
+        try:
+            write_csv(options.csv, found)
+        except OSError as error:
+            print(f"compile_gate: {error}", file=sys.stderr)
+            return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Case:
     module: str
     """Its file is kernels/<module>.py."""
     shapes: tuple[tuple[int, ...], ...]
-    """Workloads that together reach every row of the kernel's table of configurations; the first is the one that is always compiled."""
+    """Workloads that together reach every row of the kernel's table of configurations."""
     make: Callable[[tuple[int, ...], torch.dtype, str], Inputs]
     """(shape, dtype, device) -> inputs: random, or without storage on "meta"; those that get gradients ask for them."""
     call: Callable[[Inputs, str], object]
@@ -40,6 +40,8 @@ class Case:
     """The same of the backward; None of functions that have none."""
     variant: str = ""
     """What sets this case apart from others of its function, as "residual"."""
+    always: int = 1
+    """So many shapes, the first ones, are always compiled: enough to reach each kernel."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
     peers: dict[str, Callable[[], Callable[[Inputs], object]]] = field(default_factory=dict)
     """By name, what imports and returns a function of the inputs that does the same; ImportError where it is not installed."""
@@ -49,6 +51,8 @@ class Case:
     """Bytes of local memory per thread that a (kernel, target) may use; what is not named may use none."""
     in_place: bool = False
     """Whether its results are what it leaves in its inputs."""
+    unlike: tuple[str, ...] = ()
+    """Peers that take as many steps to the same end by other coefficients: they are timed, their results are not compared."""
 
     @property
     def title(self) -> str:
@@ -109,9 +113,9 @@ def _formula(function: Callable) -> dict[str, Callable]:
     return {"torch": _eager(function), "torch.compile": _compiled(function)}
 
 
-# Norms: rows of C channels. 1024 is a small model's width, 4096 a large one's; 16384 and 65536 are the widest that are read once and in parts.
+# Norms: rows of C channels. 1024 is a small model's width, 4096 a large one's; rows of over 8192 have kernels of their own, hence always=2.
 
-_NORM_SHAPES = ((8192, 4096), (16384, 1024), (8192, 80), (4096, 8192), (2048, 16384), (1024, 65536))
+_NORM_SHAPES = ((8192, 4096), (2048, 16384), (16384, 1024), (8192, 80), (4096, 8192), (1024, 65536))
 
 
 def _norm_inputs(shape, dtype, device, *, residual=False, bias=False):
@@ -175,21 +179,23 @@ thread fill its 128 registers."""
 _NORMS = (
     Case(
         "rms_norm", "norm", _NORM_SHAPES, _norm_inputs, _rms_norm, norm.cost, partial(_norm_cost, passes=3, vectors=2, flops=11),
-        peers=_formula(_torch_rms_norm) | {"liger": _liger_rms_norm},
+        always=2, peers=_formula(_torch_rms_norm) | {"liger": _liger_rms_norm},
     ),
     Case(
         "rms_norm", "norm", _NORM_SHAPES, partial(_norm_inputs, residual=True), _rms_norm, partial(_norm_cost, passes=4, vectors=1, flops=5),
-        partial(_norm_cost, passes=4, vectors=2, flops=12), "residual", peers=_formula(_torch_rms_norm) | {"liger": _liger_add_rms_norm},
+        partial(_norm_cost, passes=4, vectors=2, flops=12), "residual", always=2,
+        peers=_formula(_torch_rms_norm) | {"liger": _liger_add_rms_norm},
     ),
     Case(
         "layer_norm", "norm", _NORM_SHAPES, partial(_norm_inputs, bias=True), _layer_norm, partial(_norm_cost, passes=2, vectors=2, flops=8),
         partial(_norm_cost, passes=3, vectors=3, flops=14), peers=_formula(_torch_layer_norm) | {"liger": _liger_layer_norm},
-        stack=_LAYER_NORM_STACK,
+        stack=_LAYER_NORM_STACK, always=2,
     ),
     Case(
         "layer_norm", "norm", _NORM_SHAPES, partial(_norm_inputs, bias=True, residual=True), _layer_norm,
         partial(_norm_cost, passes=4, vectors=2, flops=9), partial(_norm_cost, passes=4, vectors=3, flops=15), "residual",
-        peers=_formula(_torch_layer_norm), stack=_LAYER_NORM_STACK,
+        always=2, peers=_formula(_torch_layer_norm),
+        stack=_LAYER_NORM_STACK,
     ),
 )  # fmt: skip
 
@@ -361,9 +367,17 @@ def _embedding_inputs(shape, dtype, device):
     return {"tokens": chosen, "weight": _random(vocabulary, width, dtype=dtype, device=device, grad=True)}
 
 
+@cache
+def _distinct(tokens: int, vocabulary: int) -> int:
+    """How many different ones so many tokens, drawn like these, are expected to be."""
+    shares = (torch.linspace(0, 1, vocabulary + 1, dtype=torch.float64) ** (1 / 3)).diff()
+    return round((1 - (1 - shares) ** tokens).sum().item())
+
+
 def _embedding_forward_cost(shape, dtype):
-    tokens, _, width = shape
-    return 2 * tokens * width * dtype.itemsize + 8 * tokens, 0
+    """Each row of the table that occurs is read once, and is in the cache when it occurs again."""
+    tokens, vocabulary, width = shape
+    return (_distinct(tokens, vocabulary) + tokens) * width * dtype.itemsize + 8 * tokens, 0
 
 
 def _liger_embedding():
@@ -536,11 +550,19 @@ _OPTIMIZERS = (
 
 
 # Muon's orthogonalisation: (n, rows, columns) as in kernels/orthogonal.py. Computed in bf16 whatever the input's dtype. The first shape has
-# tiles enough for the large ones, the second has not.
+# tiles enough for the large ones, the second has not. torch.optim.Muon takes as many steps of a polynomial with other coefficients, matrix by
+# matrix.
 
 
 def _orthogonal_product(kernel, dtype, target):
     return {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[target]
+
+
+def _torch_muon():
+    from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS
+    from torch.optim._muon import _zeropower_via_newtonschulz as theirs
+
+    return lambda i: tuple(theirs(matrix, (DEFAULT_A, DEFAULT_B, DEFAULT_C), DEFAULT_NS_STEPS, EPS) for matrix in i["matrices"])
 
 
 _ORTHOGONAL = (
@@ -548,7 +570,8 @@ _ORTHOGONAL = (
         "orthogonalize", "orthogonal", ((12, 1024, 4096), (2, 768, 3072), (8, 2048, 2048), (12, 768, 768)),
         lambda shape, dtype, device: {"matrices": _random(*shape, dtype=dtype, device=device)},
         lambda i, impl: orthogonal.orthogonalize(i["matrices"], impl=impl), orthogonal.cost, dtypes=(torch.bfloat16, torch.float32),
-        peers=_formula(lambda i: orthogonal.orthogonalize_reference(i["matrices"])), product=_orthogonal_product,
+        peers=_formula(lambda i: orthogonal.orthogonalize_reference(i["matrices"])) | {"torch.optim": _torch_muon}, product=_orthogonal_product,
+        unlike=("torch.optim",),
     ),
 )  # fmt: skip
 

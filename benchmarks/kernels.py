@@ -4,10 +4,12 @@ Each case of benchmarks/kernel_cases.py, at each of its shapes, in bf16 and fp32
 gradient are compared with the reference's in float64: where ours err more than twice as far as the reference in the same dtype (and two
 roundings), the row says so, no speed of it is reported and the exit status is 1. Then ours and every peer that is installed take turns on
 equal inputs, made anew before each run, with a cold L2 cache and the GPU's queue kept full; where a call's Python takes longer than its
-kernels, "host" shows it. A peer whose results are far off is left out, with a line.
+kernels, "host" shows it. A peer whose results are far off is left out, with a line. torch.compile, which takes seconds for each shape, is
+asked for the first shapes alone.
 
 A row has the 20th, 50th and 80th percentile, GB/s and TFLOP/s by the case's cost, the share of the roofline (benchmarks/roofline.py), peak
-memory beyond the inputs, and by peer its median over ours. Rows go to results/<gpu>/kernels.csv as they come, a picture to roofline.svg.
+memory beyond the inputs, and by peer its median over ours. Rows go to results/<gpu>/kernels.csv as they come, in the place of earlier rows
+of the same kernel, shape, dtype and direction; others stay, under their own commit. roofline.svg beside it is a picture of the table.
 
 Without a GPU nothing is measured: the compile gate's table is printed, and the least time that an H100 could take by the roofline.
 """
@@ -18,7 +20,11 @@ import argparse
 import csv
 import datetime
 import math
+import os
+import re
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +37,7 @@ from benchmarks import compile_gate
 from benchmarks.common import RESULTS, quantiles
 from benchmarks.kernel_cases import CASES, Case, Inputs, results, select, upstream, wanted
 from benchmarks.roofline import H100, Board, Point, Roof, board, picture, roof_of
-from nanotrain.environment import environment
+from nanotrain.environment import environment, git, version
 from nanotrain.memory import format_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -47,31 +53,73 @@ def machine() -> str:
     return torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
 
 
-def stamp(found: Board) -> dict[str, object]:
-    """What each row says of where it comes from."""
+def stamp(found: Board, commit: str | None = None) -> dict[str, object]:
+    """What each row says of where it comes from; `commit` as it was given. Results themselves are no changes. "" is what is not known."""
     facts = environment()
+    head, changes = git("rev-parse", "HEAD"), git("diff", "--name-only", "HEAD", "--", ".", ":!benchmarks/results")
+    commit = (commit or head or "")[:12]
+    known = changes is not None and head is not None and head.startswith(commit)
     return dict(
-        machine=facts["gpu"][0] if facts["gpu"] else facts["processor"], power_cap_watts=found.power_cap_watts, memory_mhz=found.memory_mhz,
-        torch=torch.__version__, triton=facts["packages"]["triton"], commit=(facts.get("git_commit") or "")[:12], dirty=bool(facts.get("git_diff")),
+        machine=facts["gpu"][0] if facts["gpu"] else facts["processor"], power_cap_watts=found.power_cap_watts or "",
+        memory_mhz=found.memory_mhz or "", driver=found.driver or "", torch=torch.__version__, triton=facts["packages"]["triton"] or "",
+        liger=version("liger-kernel") or "", transformers=version("transformers") or "", commit=commit, dirty=bool(changes) if known else "",
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )  # fmt: skip
 
 
-class Table:
-    """A CSV file that grows with each row, so that what was measured before an end is kept."""
+def stamped(facts: dict[str, object]) -> str:
+    """The stamp as a line, without what is not known."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items() if value != "")
 
-    def __init__(self, path: Path, columns: Sequence[str], stamp: dict[str, object]):
-        self.path, self.stamp = path, stamp
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, [*columns, *stamp])
-        self.writer.writeheader()
-        self.file.flush()
+
+def commit_hash(text: str) -> str:
+    """An argument that names a commit."""
+    if not re.fullmatch("[0-9a-f]{7,40}", text):
+        raise argparse.ArgumentTypeError(f"{text}: must be 7 to 40 hexadecimal digits")
+    return text
+
+
+def command(name: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command that measures on a GPU; its description is wrapped to the terminal's width."""
+    width = min(100, shutil.get_terminal_size().columns - 2)
+    text = "\n\n".join(textwrap.fill(paragraph, width) for paragraph in description.split("\n\n"))
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", type=commit_hash, metavar="HASH", help="what rows say of the source, where there is no git to ask")
+    return parser
+
+
+class Table:
+    """A CSV file that holds one row for each `key`, written whole with each new row, so that what was measured before an end is kept.
+
+    Rows that the file had stay, but for those with the same key as a new one.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], stamp: dict[str, object], key: Sequence[str]):
+        """ValueError where there is a file that lacks the key's columns."""
+        self.path, self.columns, self.stamp, self.key = path, [*columns, *stamp], stamp, key
+        self.rows: dict[tuple[str, ...], dict[str, object]] = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                if not set(key) <= set(reader.fieldnames or ()):
+                    raise ValueError(f"{path}: has no columns {', '.join(key)}, so it is not written over")
+                self.rows = {self._key(row): {name: row.get(name) or "" for name in self.columns} for row in reader}
+
+    def _key(self, row: dict[str, object]) -> tuple[str, ...]:
+        return tuple(str(row.get(name, "")) for name in self.key)
 
     def write(self, row: dict[str, object]) -> None:
-        """Add a row; columns that it lacks stay empty. ValueError for one that the file lacks."""
-        self.writer.writerow(row | self.stamp)
-        self.file.flush()
+        """Add a row, or put it in the place of the one with its key; columns that it lacks stay empty. ValueError for one too many."""
+        if extra := row.keys() - set(self.columns):
+            raise ValueError(f"{self.path}: has no column {', '.join(sorted(extra))}")
+        self.rows[self._key(row)] = row | self.stamp
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        half = self.path.with_name(f"{self.path.name}.tmp")
+        with half.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows.values())
+        os.replace(half, self.path)
 
 
 class CudaTimer:
@@ -195,15 +243,27 @@ class Workload:
         same = self.answers(self.reference)
         self.restore()
         exact = self.answers(self.reference, _wide(self.inputs), [up.double() for up in self.ups])
-        return {name: _attempt(lambda name=name, call=call: compare(self.answers(call), exact, same, peer=name != "ours"))
+        return {name: _attempt(lambda name=name, call=call: compare(self.answers(call), exact, same, peer=name != "ours"), name)
                 for name, call in functions.items()}  # fmt: skip
 
 
-def _attempt(question: Callable[[], str]) -> str:
+class DeviceLost(RuntimeError):
+    """A call has left the GPU's context unusable: whatever this process asked of it next would fail too. The message names the call."""
+
+
+def _attempt(question: Callable[[], str], name: str) -> str:
     try:
         return question()
+    except DeviceLost:
+        raise
     except Exception as error:  # whatever a kernel or a peer fails with, the others are still measured
-        return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
+        what = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as lost:
+                raise DeviceLost(f"{name}: {what}") from lost
+        return what
 
 
 def compare(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], same: dict[str, torch.Tensor], *, peer: bool = False) -> str:
@@ -253,8 +313,10 @@ def measure(work: Workload, contestants: dict[str, Function], direction: str, ti
     return found
 
 
+KEY = ("kernel", "variant", "shape", "dtype", "direction")
+
 COLUMNS = (
-    "kernel", "variant", "shape", "dtype", "direction", "wrong", "p20_ms", "p50_ms", "p80_ms", "gb_per_s", "tflop_per_s", "roof_share",
+    *KEY, "wrong", "p20_ms", "p50_ms", "p80_ms", "gb_per_s", "tflop_per_s", "roof_share",
     "peak_bytes", "host_ms", *(f"{peer}_{what}" for peer in PEERS for what in ("ms", "ratio", "peak_bytes")),
 )  # fmt: skip
 
@@ -264,7 +326,7 @@ def row_of(work: Workload, direction: str, found: dict[str, Measured], roof: Roo
     nbytes, flops = cost_of(work, direction)
     low, middle, high = quantiles(found["ours"].seconds)
     row = head_of(work.case, work.shape, work.dtype, direction) | dict(
-        p20_ms=_short(1e3 * low), p50_ms=_short(1e3 * middle), p80_ms=_short(1e3 * high), gb_per_s=round(nbytes / middle / 1e9, 1),
+        p20_ms=_short(1e3 * low), p50_ms=_short(1e3 * middle), p80_ms=_short(1e3 * high), gb_per_s=_short(nbytes / middle / 1e9),
         tflop_per_s=_short(flops / middle / 1e12), roof_share=_short(roof.seconds(nbytes, flops) / middle) if roof else "",
         peak_bytes=found["ours"].peak, host_ms=_short(1e3 * quantiles(found["ours"].host)[1]),
     )  # fmt: skip
@@ -314,31 +376,38 @@ class Bench:
 
     def __init__(self, device: str, timer, roof: Roof | None, table: Table, *, rounds: int = 30, impl: str = "triton"):
         self.device, self.timer, self.roof, self.table, self.rounds, self.impl = device, timer, roof, table, rounds, impl
-        self.points: dict[tuple[str, str], Point] = {}
-        """For the picture: of each case and direction its first workload."""
         self.failed = 0
         self.absent: set[str] = set()
 
     def run(self, work: list[tuple[Case, tuple[int, ...], torch.dtype]], seconds: float = math.inf) -> int:
-        """Measure until all is done or so many seconds are over; returns how many workloads are left."""
+        """Measure until all is done or so many seconds are over; returns how many workloads are left. DeviceLost where none can follow."""
         began = time.monotonic()
         for number, (case, shape, dtype) in enumerate(work):
             if time.monotonic() - began >= seconds:
                 return len(work) - number
-            wrong = _attempt(lambda case=case, shape=shape, dtype=dtype: self.one(case, shape, dtype))
+            try:
+                wrong = _attempt(lambda case=case, shape=shape, dtype=dtype: self.one(case, shape, dtype), "a measured call")
+            except DeviceLost as lost:
+                self._refuse(case, shape, dtype, f"the GPU was lost to {lost}")
+                raise
             if wrong:
-                self.failed += 1
-                print(f"{case.title:32} {_times(shape):16} {_dtype(dtype)}  NOT REPORTED: {wrong}", flush=True)
-                for direction in directions_of(case):
-                    self.table.write(head_of(case, shape, dtype, direction, wrong))
+                self._refuse(case, shape, dtype, wrong)
         return 0
+
+    def _refuse(self, case: Case, shape: tuple[int, ...], dtype: torch.dtype, wrong: str) -> None:
+        self.failed += 1
+        print(f"{case.title:32} {_times(shape):16} {_dtype(dtype)}  NOT REPORTED: {wrong}", flush=True)
+        for direction in directions_of(case):
+            self.table.write(head_of(case, shape, dtype, direction, wrong))
 
     def one(self, case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> str:
         """Prove and measure one workload; returns what is wrong with ours, or nothing."""
         peers = case.installed_peers()
-        if "torch.compile" in peers:
-            torch.compiler.reset()  # its limit of recompilations would otherwise have later shapes run uncompiled
         self.absent |= case.peers.keys() - peers.keys()
+        if shape != case.shapes[0]:
+            peers.pop("torch.compile", None)
+        elif "torch.compile" in peers:
+            torch.compiler.reset()  # its limit of recompilations would otherwise have later dtypes run uncompiled
         work = Workload(case, shape, dtype, self.device)
         contestants = {"ours": lambda inputs: case.call(inputs, self.impl)} | peers
         verdicts = work.judge(contestants)
@@ -353,19 +422,34 @@ class Bench:
             row = row_of(work, direction, found, self.roof)
             self.table.write(row)
             print(line_of(case.title, row, list(found)), flush=True)
-            nbytes, flops = cost_of(work, direction)
-            point = Point(case.title, direction, nbytes, flops, row["p50_ms"] * 1e-3, measured=True)
-            self.points.setdefault((case.title, direction), point)
         return ""
 
 
+def points_of(table: Table, cases: Sequence[Case] = CASES) -> tuple[list[Point], list[str]]:
+    """For the picture: of each case and direction its first workload in the table, bf16 before others; and the commits they are of."""
+    points: dict[tuple[str, str], Point] = {}
+    commits: dict[str, None] = {}
+    for case, shape, dtype in workloads(cases, DTYPES.values()):
+        for direction in directions_of(case):
+            head = head_of(case, shape, dtype, direction)
+            row = table.rows.get(tuple(head[name] for name in KEY), {})
+            if row.get("p50_ms") and (case.title, direction) not in points:
+                seconds = float(row["p50_ms"]) * 1e-3
+                nbytes, flops = 1e9 * seconds * float(row["gb_per_s"]), 1e12 * seconds * float(row["tflop_per_s"])
+                points[case.title, direction] = Point(case.title, direction, nbytes, flops, seconds, measured=True)
+                commits[f"{row['commit'] or 'unknown'}{' with changes' if str(row['dirty']) == 'True' else ''}"] = None
+    return list(points.values()), list(commits)
+
+
 def line_of(title: str, row: dict[str, object], contestants: list[str]) -> str:
-    """A row for people."""
-    figures = f"{row['p50_ms']:9.4f} ms ({row['p20_ms']:.4f}, {row['p80_ms']:.4f})  {row['gb_per_s']:7,.0f} GB/s {row['tflop_per_s']:8.2f} TFLOP/s"
+    """A row for people: ours, and below it the rest."""
     share = f"{row['roof_share']:5.0%} of the roof" if row["roof_share"] != "" else "roof unknown"
-    peers = "".join(f"  {name} {row[f'{name}_ratio']:.2f}x" for name in contestants if name != "ours")
-    return (f"{title:32} {row['shape']:16} {row['dtype']} {row['direction']:8} {figures}  {share}  {format_bytes(row['peak_bytes']):>10}"
-            f"  host {row['host_ms']:.3f} ms{peers}")  # fmt: skip
+    peers = "".join(f", {name} {row[f'{name}_ratio']:.2f}x" for name in contestants if name != "ours")
+    return (
+        f"{title:26} {row['shape']:12} {row['dtype']} {row['direction']:8} {row['p50_ms']:9.4f} ms {row['gb_per_s']:7,.0f} GB/s"
+        f" {row['tflop_per_s']:8.2f} TFLOP/s {share}\n"
+        f"    {row['p20_ms']:.4f} to {row['p80_ms']:.4f} ms, host {row['host_ms']:.3f} ms, {format_bytes(row['peak_bytes'])}{peers}"
+    )
 
 
 def predict(names: Sequence[str], dtypes: Sequence[torch.dtype], svg: Path | None) -> int:
@@ -409,15 +493,15 @@ def draw(path: Path, roof: Roof, points: list[Point], note: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where a kernel is wrong (without a GPU: breaks its budget); 2 for a name that is none."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Returns 0; 1 where a kernel is wrong (without a GPU: breaks its budget); 2 for what cannot be measured here."""
+    parser = command("kernels", __doc__)
     known = ", ".join(dict.fromkeys(case.name for case in CASES))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {known}; all where none is given")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--rounds", type=int, default=30, help="timed runs of each contestant")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no workload after so many [s]; first shapes come first")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="default: results/<gpu>/kernels.csv")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="default on a GPU: results/<gpu>/roofline.svg")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"], help="default: bf16 fp32")
+    parser.add_argument("--rounds", type=int, default=30, help="timed runs of each contestant, default %(default)s")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no workload after so many [s], default never; first shapes come first")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="on a GPU alone, default: results/<gpu>/kernels.csv")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="default on a GPU: roofline.svg beside the CSV file")
     options = parser.parse_args(argv)
     dtypes = [DTYPES[name] for name in options.dtype]
     try:
@@ -429,33 +513,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kernels: --rounds {options.rounds}: percentiles need at least 2", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
+        if options.csv:
+            print("kernels: --csv: nothing is measured without a GPU; `python -m benchmarks.compile_gate --csv` writes the gate's table", file=sys.stderr)
+            return 2
         return predict(options.names, dtypes, options.svg)
     device = torch.device("cuda", torch.cuda.current_device())
     found = board(device)
-    roof, facts = roof_of(torch.cuda.get_device_name(device), found), stamp(found)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    roof, facts = roof_of(torch.cuda.get_device_name(device), found), stamp(found, options.commit)
+    print(stamped(facts))
     print(f"roof: {roof.bandwidth / 1e12:.2f} TB/s, {roof.flops / 1e12 if roof.flops else math.nan:.0f} TFLOP/s" if roof else "roof: unknown GPU")
-    table = Table(options.csv or RESULTS / machine() / "kernels.csv", COLUMNS, facts)
+    try:
+        table = Table(options.csv or RESULTS / machine() / "kernels.csv", COLUMNS, facts, KEY)
+    except ValueError as error:
+        print(f"kernels: --csv {error}", file=sys.stderr)
+        return 2
     bench = Bench(str(device), CudaTimer(device), roof, table, rounds=options.rounds)
-    work = workloads(cases, dtypes)
-    left = bench.run(work, options.seconds)
+    return conclude(bench, workloads(cases, dtypes), options.seconds, options.svg or table.path.with_name("roofline.svg"))
+
+
+def conclude(bench: Bench, work: list[tuple[Case, tuple[int, ...], torch.dtype]], seconds: float, svg: Path) -> int:
+    """Run it, and say what is left, wrong and written; the exit status."""
+    try:
+        if left := bench.run(work, seconds):
+            print(f"{left} of {len(work)} workloads not measured: --seconds {seconds:g} are over")
+    except DeviceLost as lost:
+        print(f"kernels: stopped, for no call of this process can use the GPU after {lost}", file=sys.stderr)
     if bench.absent:
         print(f"peers not installed: {', '.join(sorted(bench.absent))}")
-    if left:
-        print(f"{left} of {len(work)} workloads not measured: --seconds {options.seconds:g} are over")
-    print(f"wrote {table.path}")
-    if roof and bench.points:
-        draw(options.svg or RESULTS / machine() / "roofline.svg", roof, list(bench.points.values()), note_of(facts))
+    print(f"wrote {bench.table.path}")
+    points, commits = points_of(bench.table)
+    if bench.roof and any(point.flops for point in points):
+        draw(svg, bench.roof, points, note_of(bench.table.stamp, commits))
     if bench.failed:
         print(f"kernels: {bench.failed} workloads are wrong, and not reported", file=sys.stderr)
     return 1 if bench.failed else 0
 
 
-def note_of(facts: dict[str, object]) -> str:
+def note_of(facts: dict[str, object], commits: list[str]) -> str:
     """The picture's second line."""
     cap = f", power cap {facts['power_cap_watts']:.0f} W" if facts["power_cap_watts"] else ""
-    commit = f"{facts['commit'] or 'unknown'}{' with changes' if facts['dirty'] else ''}"
-    return f"measured {facts['date']} at commit {commit}{cap}; the first shape of each kernel, with its share of the roof"
+    return f"measured at commit {', '.join(commits)}, the last {facts['date']}{cap}; the first shape of each kernel, with its share of the roof"
 
 
 if __name__ == "__main__":

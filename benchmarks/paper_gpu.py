@@ -10,9 +10,9 @@ launcher's arguments, adds constexprs, warps and stages, and compiles for the ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -73,10 +73,11 @@ class _Driver:
 
 
 @contextmanager
-def paper_gpu(target: str) -> Iterator[list[Binary]]:
+def paper_gpu(target: str, before: Callable[[Binary], object] = lambda binary: None) -> Iterator[list[Binary]]:
     """Have kernels that are launched inside compiled for `target` (of TARGETS) in place of being run; yields the distinct ones, in order.
 
-    A kernel that does not compile is in the list too, with its error. Raises RuntimeError where there is no Triton, or where kernels were
+    A kernel that does not compile is in the list too, with its error. `before` is told the name and options of each kernel before it is
+    compiled, which says where the compiler was if that ends the process. Raises RuntimeError where there is no Triton, or where kernels were
     decorated for its interpreter.
     """
     if target not in TARGETS:
@@ -90,10 +91,12 @@ def paper_gpu(target: str) -> Iterator[list[Binary]]:
     run = triton.JITFunction.run
 
     def compile_only(function, *arguments, grid, warmup, **options):
+        binary = Binary(function.__name__, target, _config(options))
+        before(binary)
         try:
             compiled = run(function, *arguments, grid=grid, warmup=True, **options)
         except Exception as error:
-            binary = Binary(function.__name__, target, _config(options), error=in_a_line(error))
+            binary = replace(binary, error=in_a_line(error))
         else:
             if compiled.hash in seen:
                 return
@@ -103,14 +106,14 @@ def paper_gpu(target: str) -> Iterator[list[Binary]]:
             binaries.append(binary)
 
     config = triton.runtime.driver
-    before = config._active  # `active` would look for a GPU
+    active = config._active  # `active` would look for a GPU
     config.set_active(_Driver(target))
     triton.JITFunction.run = compile_only
     try:
         yield binaries
     finally:
         triton.JITFunction.run = run
-        config.set_active(before)
+        config.set_active(active)
 
 
 def _binary(function, compiled, options: dict[str, object], target: str) -> Binary:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanotrain.environment import stated_peaks
 from nanotrain.gpu import GpuWatch, ask
 
 
@@ -35,30 +36,10 @@ class Roof:
         return self.flops / self.bandwidth if self.flops else None
 
 
-ROOFS = (
-    # NVIDIA's data sheets, tensor figures without sparsity. The first whose words all stand in the GPU's name is taken.
-    (("H100", "PCIe"), 2.0e12, 756e12),  # H100 Tensor Core GPU, PCIe column
-    (("H100", "NVL"), 3.938e12, 835e12),  # H100 NVL product brief
-    (("H100",), 3.35e12, 989e12),  # H100 Tensor Core GPU, SXM column
-    (("H200",), 4.8e12, 989e12),  # H200 Tensor Core GPU, SXM column
-    (("GH200",), 4.0e12, 989e12),  # GH200 Grace Hopper Superchip, 96 GB of HBM3
-    (("B200",), 8.0e12, 2250e12),  # DGX B200, an eighth
-    (("A100", "80GB", "PCIe"), 1.935e12, 312e12),  # A100 Tensor Core GPU, 80 GB PCIe column
-    (("A100", "80GB"), 2.039e12, 312e12),  # A100 Tensor Core GPU, 80 GB SXM column
-    (("A100",), 1.555e12, 312e12),  # A100 Tensor Core GPU, 40 GB
-    (("L40S",), 0.864e12, 362e12),  # L40S
-    (("4090",), 1.008e12, 165e12),  # Ada GPU architecture, appendix A, fp32 sums
-)
-"""(words of the name, bytes/s, dense bf16 FLOP/s)."""
-
-
 def stated(name: str) -> Roof | None:
-    """The peaks of a GPU by torch's name of it; None where the table lacks it."""
-    words = name.replace("-", " ").split()
-    for needed, bandwidth, flops in ROOFS:
-        if all(any(need.lower() == word.lower() for word in words) for need in needed):
-            return Roof(name, bandwidth, flops)
-    return None
+    """The peaks of a GPU by torch's name of it; None where they are not known."""
+    peaks = stated_peaks(name)
+    return Roof(name, *peaks) if peaks else None
 
 
 H100 = stated("NVIDIA H100 80GB HBM3")
@@ -71,9 +52,10 @@ class Board:
 
     power_cap_watts: float | None = None
     memory_mhz: int | None = None
-    """The memory's clock, now."""
+    """The memory's highest clock: the present one is low until there is work."""
     bandwidth: float | None = None
     """Two transfers a clock over the whole bus [bytes/s]."""
+    driver: str | None = None
 
 
 def board(device: torch.device) -> Board:
@@ -82,13 +64,13 @@ def board(device: torch.device) -> Board:
     n, h = watch.nvml, watch.handle
     if n is None:
         return Board()
-    milliwatts, mhz, bus = (ask(question) for question in (
-        lambda: n.nvmlDeviceGetEnforcedPowerLimit(h), lambda: n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_MEM), lambda: n.nvmlDeviceGetMemoryBusWidth(h),
-    ))  # fmt: skip
+    milliwatts = ask(lambda: n.nvmlDeviceGetEnforcedPowerLimit(h))
+    mhz, bus = ask(lambda: n.nvmlDeviceGetMaxClockInfo(h, n.NVML_CLOCK_MEM)), ask(lambda: n.nvmlDeviceGetMemoryBusWidth(h))
     return Board(
         power_cap_watts=None if milliwatts is None else milliwatts / 1000,
         memory_mhz=mhz,
         bandwidth=None if mhz is None or bus is None else 2e6 * mhz * bus / 8,
+        driver=ask(n.nvmlSystemGetDriverVersion),
     )
 
 

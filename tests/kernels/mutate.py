@@ -5,14 +5,13 @@ the tests named there run on it in a process of its own. They must fail, by an a
 that passes, or that fails for a name not defined, proves nothing. Before that they must pass on the file as it is.
 
 NAME is a file (norm) or an operation (rms_norm). `--sample N`, for use after the tests have passed, leaves that out and takes N mistakes of
-each file, others each day. Exits with 1 where a mistake was not noticed.
+each file, other ones for each commit. Exits with 1 where a mistake was not noticed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import importlib
 import importlib.util
 import io
@@ -20,6 +19,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -130,17 +130,22 @@ def _put(file: str, source: str, folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.kernels.mutate", description="Do the tests of kernels notice mistakes in them?")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.kernels.mutate", description=__doc__.split("\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="a file of kernels/ or an operation; all where none is named")
-    parser.add_argument("--sample", type=int, default=0, metavar="N", help="so many mistakes of each file, others each day; 0 is all")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="so many mistakes of each file; 0 is all")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.sample < 0:
+            raise ValueError(f"--sample {arguments.sample}: must be 0 or more")
         chosen = mutations(arguments.names)
     except ValueError as error:
         parser.error(str(error))
     files = sorted({m.file for m in chosen})
     if arguments.sample:
-        draw = random.Random(datetime.date.today().isoformat())
+        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+        draw = random.Random(commit.stdout)
         groups = ([m for m in chosen if m.file == file] for file in files)
         chosen = [m for group in groups for m in draw.sample(group, min(arguments.sample, len(group)))]
     # Imported before the forks, which then start in no time; on one thread, for threads do not survive a fork.

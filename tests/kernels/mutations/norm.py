@@ -23,4 +23,7 @@ MUTATIONS = [
     ("layer_norm", "        if CENTRED:\n            level += up\n", "        level += up * 0\n"),
     ("layer_norm", "        if HAS_BIAS:\n            bias_sum += up\n    place", "        if HAS_BIAS:\n            bias_sum += up * unit\n    place"),
     ("layer_norm", "        unit *= inverse\n", ""),
+    ("layer_norm", "        tl.store(means + row, mean, row < rows)", "        tl.store(means + row, mean, row < rows - 1)"),
+    ("layer_norm", "        normed += tl.load(bias + column,", "        normed += tl.load(weight + column,"),
+    ("layer_norm", "        if CENTRED:\n            unit -= tl.load(means + row, row < rows, 0.0)\n        unit *= inverse", "        unit *= inverse"),
 ]
