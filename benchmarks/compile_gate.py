@@ -237,29 +237,30 @@ def _serve(connection: Connection) -> None:
         connection.send(compile_case(CASES[index], shape, dtype, target, connection.send))
 
 
-def compile_calls(calls: Iterable[Call], workers: int = 2) -> list[Row]:
-    """The rows of all calls, compiled in so many processes at a time."""
-    calls, busy, found = deque(calls), {}, []
+def compile_calls(calls: Sequence[Call], workers: int = 2) -> list[Row]:
+    """The rows of all calls, in their order, compiled in so many processes at a time."""
+    coming, busy, found = deque(range(len(calls))), {}, {}
 
     def begin(compiler: _Compiler) -> None:
-        compiler.begin(calls.popleft())
-        busy[compiler.connection] = compiler
+        number = coming.popleft()
+        compiler.begin(calls[number])
+        busy[compiler.connection] = number, compiler
 
     for _ in range(min(workers, len(calls))):
         begin(_Compiler())
     while busy:
         for connection in wait(list(busy)):
-            compiler = busy[connection]
+            number, compiler = busy[connection]
             rows = compiler.receive()
             if rows is None:
                 continue
-            found += rows
+            found[number] = rows
             del busy[connection]
-            if calls:
+            if coming:
                 begin(compiler if compiler.process.is_alive() else _Compiler())
             else:
                 compiler.end()
-    return found
+    return [row for number in sorted(found) for row in found[number]]
 
 
 def rows(names: Sequence[str] = (), *, every_shape: bool | None = None, targets: Iterable[str] = TARGETS, workers: int = 2) -> list[Row]:
@@ -278,7 +279,7 @@ def rows(names: Sequence[str] = (), *, every_shape: bool | None = None, targets:
             if case in chosen:
                 calls += [(number, (index, shape, dtype, target)) for number, shape in enumerate(shapes) for dtype in case.dtypes]
     # First shapes first: two that share a kernel are far apart then, so that the second finds it in the cache.
-    return distinct(compile_calls((call for _, call in sorted(calls, key=lambda item: item[0])), workers))
+    return distinct(compile_calls([call for _, call in sorted(calls, key=lambda item: item[0])], workers))
 
 
 def distinct(found: Iterable[Row]) -> list[Row]:
@@ -323,8 +324,9 @@ def _git(*arguments: str) -> str:
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-def _switches(config: str) -> str:
-    """A configuration with the names of the switches that are on, and without those that are off."""
+def _brief(config: str) -> str:
+    """A configuration with short dtypes and, of its switches, the names of those that are on."""
+    config = re.sub("|".join(_SHORT), lambda match: _SHORT[match[0]], config)
     return " ".join(part.removesuffix("=True") for part in config.split() if not part.endswith("=False"))
 
 
@@ -342,7 +344,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "declared": lambda r: r.declared,
     "found": lambda r: "error" if r.error else r.found,
     "occupancy": lambda r: _built(f"{r.occupancy:.0%}", r),
-    "config": lambda r: _switches(r.config),
+    "config": lambda r: _brief(r.config),
 }
 
 _NUMBERS = ("registers", "shared", "spills", "occupancy")

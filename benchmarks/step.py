@@ -1,28 +1,35 @@
 """python -m benchmarks.step [--model gpt2-124m llama3.2-1b]: a whole training step, as a user's run makes it.
 
-build_model, Optimizer and pretrain.step in bf16 with fp32 masters and AdamW, on batches as the loader makes them, a document to a row. Rows:
+build_model, Optimizer and pretrain.step in bf16 with fp32 masters and AdamW, on batches as the loader makes them, a document to a row. Of
+every model first "step" and "peer", then the rest:
 
-step        tokens/s, model FLOPs utilisation, peak memory. FLOPs of a token are 6 times the parameters, and of the attention nothing
-            (mfu_6n), its causal half as pretrain.py reports it (mfu_causal), or all of it as PaLM counts (mfu_full)
-part        where a step's time goes: attention, norms, projections, head and loss, optimizer, rest; forward and backward together
-kernel off  the step with one kernel's reference in its place, in turns with the step as it is
-peer        the step with Muon, and from a CUDA graph; transformers (fp32 weights under bf16 autocast, sdpa attention, torch's fused AdamW),
-            without and with liger-kernel, each in a process of its own, from the same weights on the same batches. Turns are between
-            it and ours. Nothing of a peer is reported unless its first loss is ours
+"step": tokens/s, model FLOPs utilisation, peak memory. FLOPs of a token are 6 times the parameters, and of the attention nothing (mfu_6n),
+its causal half as pretrain.py reports it (mfu_causal), or all of it as PaLM counts (mfu_full).
 
-Without a GPU a tiny `--model nano` is timed on the CPU, to show that the command works; the large ones are refused.
+"peer": transformers (fp32 weights under bf16 autocast, sdpa attention, torch's fused AdamW), without and with liger-kernel, each in a process
+of its own, from the same weights on the same batches; our step from a CUDA graph, and with Muon. Turns are between it and ours. Nothing of
+it is reported unless its first gradient has the norm of ours, and its first losses, some on batches it has seen, are ours: "gap" is how far
+they are apart.
+
+"part": where a step's time goes: attention, norms, projections, head and loss, optimizer, rest; forward and backward together. A mean, with
+hooks that cost time themselves.
+
+"kernel off": the step with one kernel's reference in its place, in turns with the step as it is; with Muon, the kernels that AdamW lacks.
+
+Rows go to results/<gpu>/step.csv as they come, in the place of earlier ones of the same name. Without a GPU a tiny `--model nano` is timed on
+the CPU, to show that the command works; the large ones are refused.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import inspect
+import math
 import multiprocessing
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -33,7 +40,7 @@ from unittest import mock
 import torch
 
 from benchmarks.common import RESULTS, interleaved, quantiles
-from benchmarks.kernels import Table, machine, stamp
+from benchmarks.kernels import Table, command, machine, stamp, stamped
 from benchmarks.roofline import board
 from nanotrain import optim
 from nanotrain.data.loader import Batch
@@ -55,11 +62,20 @@ SHAPES = {"nano": (8, 256), "gpt2-124m": (16, 1024), "llama3.2-1b": (4, 2048)}
 
 OPTIM = OptimConfig(name="adamw", lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, decay_embeddings=True)
 
-SAME_LOSS = 0.01
-"""How far a peer's first loss may lie from ours, relative to it: both round to bf16, each in its own places."""
+MUON = OptimConfig(name="muon")
 
 BATCHES = 4
 """Made before anything is timed, and used in turn."""
+
+OPENING = BATCHES + 2
+"""Steps by which a peer is compared with ours."""
+
+SAME_NORM, SAME_LOSS, SAME_LOSS_AGAIN = 5e-3, 5e-4, 2e-3
+"""How far from ours the norm of a peer's first gradient, its losses on new batches and those on batches seen before may lie, relative to it.
+
+Both round to bf16, each in its own places. Of small models on a CPU transformers' differed by 4e-4, 6e-5 and 3e-4; one that has weights by
+another seed lies beyond 1e-3 in one of the losses, and often by 2e-2 in the norm.
+"""
 
 
 @dataclass(frozen=True)
@@ -110,14 +126,21 @@ class Ours:
         self.run = functools.partial(pretrain.step, self.model, self.optimizer, seed=0)
         if graph:
             self.optimizer.keep_gradients = True
-            self.run = CapturedStep(self.run, task.length)
+            self.run = CapturedStep(self.run, lambda: self.model.rotary_tables(task.length, task.device))
         self.batches, self.count = [task.batch(n) for n in range(BATCHES)], 0
+        self.norm: torch.Tensor | None = None
 
     def step(self) -> float:
         """One step; reading its loss waits for the device."""
         batch = self.batches[self.count % BATCHES]
         self.count += 1
-        return float(self.run([batch], 1.0)[0])
+        loss, result = self.run([batch], 1.0)
+        self.norm = result.grad_norm
+        return float(loss)
+
+    def gradient_norm(self) -> float:
+        """Of the last step, before clipping."""
+        return float(self.norm)
 
     def peak_bytes(self) -> int:
         """Most memory since this was made, without what was there before."""
@@ -161,6 +184,7 @@ class Transformers:
         groups = [dict(params=matrices, weight_decay=OPTIM.weight_decay), dict(params=rest, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, fused=True)
         self.batches, self.count = [task.batch(n).tokens_BT.view(task.rows, -1) for n in range(BATCHES)], 0
+        self.norm: torch.Tensor | None = None
 
     def step(self) -> float:
         """One step; reading its loss waits for the device."""
@@ -169,14 +193,18 @@ class Transformers:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype != torch.float32):
             loss = self.model(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIM.clip)
+        self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIM.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
+    def gradient_norm(self) -> float:
+        """Of the last step, before clipping."""
+        return self.norm.item()
+
 
 def serve(pipe, task: Task, liger: bool) -> None:
-    """A peer's process: says what it lacks, or nothing; then answers "step" with the loss and "peak" with bytes until it is told None."""
+    """A peer's process: says what it lacks, or nothing; then answers "step" with the loss, "norm" and "peak" until it is told None."""
     try:
         peak = PeakMemory(torch.device(task.device))
         peer = Transformers(task, liger)
@@ -184,7 +212,7 @@ def serve(pipe, task: Task, liger: bool) -> None:
         pipe.send(str(error))
         return
     pipe.send("")
-    answers = {"step": peer.step, "peak": peak.bytes}
+    answers = {"step": peer.step, "norm": peer.gradient_norm, "peak": peak.bytes}
     while (question := pipe.recv()) is not None:
         pipe.send(answers[question]())
 
@@ -214,6 +242,11 @@ class Peer:
         self.pipe.send("step")
         return self._answer()
 
+    def gradient_norm(self) -> float:
+        """Of the last step, before clipping."""
+        self.pipe.send("norm")
+        return self._answer()
+
     def peak_bytes(self) -> int:
         """Most memory that it held at once."""
         self.pipe.send("peak")
@@ -224,6 +257,38 @@ class Peer:
         if self.process.is_alive():
             self.pipe.send(None)
         self.process.join()
+
+
+# Is it the same step?
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a contestant's training begins."""
+
+    norm: float
+    """Of the first gradient."""
+    losses: list[float]
+    """Of OPENING steps."""
+
+
+def opening(contestant: Ours | Peer) -> Opening:
+    """The first steps of a contestant that has made none."""
+    losses = [contestant.step()]
+    norm = contestant.gradient_norm()
+    return Opening(norm, losses + [contestant.step() for _ in range(OPENING - 1)])
+
+
+def difference(ours: Opening, theirs: Opening, losses: int = OPENING) -> tuple[float, str]:
+    """(largest relative difference of norm and of so many losses, why it is not the same step or nothing)."""
+    gaps, why = [], ""
+    for number, (a, b) in enumerate([(ours.norm, theirs.norm), *zip(ours.losses[:losses], theirs.losses, strict=False)]):
+        most = SAME_NORM if number == 0 else SAME_LOSS if number <= BATCHES else SAME_LOSS_AGAIN
+        gaps.append(abs(b - a) / abs(a))
+        if not gaps[-1] <= most and not why:  # NaN is another step too
+            what = f"loss {number}" if number else "first gradient's norm"
+            why = f"its {what} is {b:.5g}, ours {a:.5g}: not the same step"
+    return max(gaps), why
 
 
 # Kernels on and off
@@ -380,8 +445,10 @@ def parts(ours: Ours, steps: int) -> dict[str, float]:
 
 # Rows
 
-COLUMNS = ("model", "kind", "name", "parameters", "rows", "length", "p20_ms", "p50_ms", "p80_ms", "tokens_per_s", "mfu_6n", "mfu_causal", "mfu_full",
-           "peak_bytes", "share", "ratio", "missing")  # fmt: skip
+KEY = ("model", "kind", "name")
+
+COLUMNS = (*KEY, "parameters", "rows", "length", "p20_ms", "p50_ms", "p80_ms", "mean_ms", "tokens_per_s", "mfu_6n", "mfu_causal", "mfu_full",
+           "peak_bytes", "share", "ratio", "gap", "missing")  # fmt: skip
 """`share` is of a step's time. `ratio` is the median over that of ours in the same rounds: above 1, ours is faster."""
 
 
@@ -396,42 +463,48 @@ def _median_ratio(times: dict[str, list[float]], name: str) -> float:
     return round(quantiles(times[name])[1] / quantiles(times["ours"])[1], 3)
 
 
-def rows_of(task: Task, steps: int) -> Iterator[dict[str, object]]:
-    """Every row of a model, each as soon as it is measured. `steps` are timed of each contestant."""
+def headline(task: Task, steps: int) -> Iterator[dict[str, object]]:
+    """The step and its peers, each row as soon as it is measured. `steps` are timed of each contestant."""
     ours = Ours(task)
-    first = ours.step()
+    first = opening(ours)
+    peak = ours.peak_bytes()
+    yield row_of(task, "step", "ours", interleaved({"ours": ours.step}, steps, warm_up=1)["ours"], peak)
+    yield against(task, ours, first, "transformers", lambda: Peer(task, liger=False), steps)
+    yield against(task, ours, first, "transformers, liger", lambda: Peer(task, liger=True), steps)
+    if task.device != "cpu":
+        yield against(task, ours, first, "ours, graph", lambda: Ours(task, graph=True), steps)
+    yield against(task, ours, first, "ours, muon", lambda: Ours(task, MUON), steps, losses=1)  # after which it goes its own way
+
+
+def detail(task: Task, steps: int) -> Iterator[dict[str, object]]:
+    """Where the time goes, and each kernel on and off; each row as soon as it is measured."""
+    ours = Ours(task)
     names = called(ours)
     ours.step()
-    peak = ours.peak_bytes()
-    candidates: dict[str, Callable[[], object]] = {"ours": ours.step}
-    for name in [*names, "every kernel"]:
-        chosen = [place for kernel, held in kernels_of(ours.model).items() if name in (kernel, "every kernel") for place in held]
-        candidates[name] = functools.partial(_stepped_without, ours, chosen)
-        try:
-            candidates[name]()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            del candidates[name]
-            yield dict(kind="kernel off", name=name, missing="its reference runs out of memory")
-    times = interleaved(candidates, steps, warm_up=1)
-    yield row_of(task, "step", "ours", times["ours"], peak)
     spent = parts(ours, steps)
     total = sum(spent.values())
     for part, seconds in spent.items():
-        yield dict(kind="part", name=part, p50_ms=round(1e3 * seconds, 3), share=round(seconds / total, 4))
-    for name in candidates:
-        if name != "ours":
-            yield row_of(task, "kernel off", name, times[name], ratio=_median_ratio(times, name))
-    peers: dict[str, Callable[[], Ours | Peer]] = {"ours, muon": lambda: Ours(task, OptimConfig(name="muon"))}
-    if task.device != "cpu":
-        peers["ours, graph"] = lambda: Ours(task, graph=True)
-    peers |= {
-        "transformers": lambda: Peer(task, liger=False),
-        "transformers, liger": lambda: Peer(task, liger=True),
-    }
-    for name, make in peers.items():
-        yield against(task, ours, first, name, make, steps)
+        yield dict(kind="part", name=part, mean_ms=round(1e3 * seconds, 3), share=round(seconds / total, 4))
+    yield from switched_off(task, ours, "kernel off", names, steps)
+    del ours  # its memory is the next one's
+    ours = Ours(task, MUON)
+    yield from switched_off(task, ours, "kernel off, muon", [name for name in called(ours) if name not in names], steps)
+
+
+def switched_off(task: Task, ours: Ours, kind: str, names: list[str], steps: int) -> Iterator[dict[str, object]]:
+    """The step without each of these kernels, and without any, in turns with the step as it is."""
+    held = kernels_of(ours.model)
+    for name in [*names, "every kernel"]:
+        chosen = [place for kernel, places in held.items() if name in (kernel, "every kernel") for place in places]
+        try:
+            times = interleaved({"ours": ours.step, name: functools.partial(_stepped_without, ours, chosen)}, steps, warm_up=1)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            ours.model.zero_grad()  # of the step that was broken off
+            yield dict(kind=kind, name=name, missing="its reference runs out of memory")
+        else:
+            yield row_of(task, kind, name, times[name], ratio=_median_ratio(times, name))
 
 
 def _stepped_without(ours: Ours, places: list[tuple[object, str]]) -> float:
@@ -439,8 +512,10 @@ def _stepped_without(ours: Ours, places: list[tuple[object, str]]) -> float:
         return ours.step()
 
 
-def against(task: Task, ours: Ours, first: float, name: str, make: Callable[[], Ours | Peer], steps: int) -> dict[str, object]:
-    """A peer's row: its steps in turns with ours, or why there are none."""
+def against(
+    task: Task, ours: Ours, first: Opening, name: str, make: Callable[[], Ours | Peer], steps: int, losses: int = OPENING
+) -> dict[str, object]:  # fmt: skip
+    """A peer's row: its steps in turns with ours, or why there are none. `first` is how ours began; `losses` of it must be the peer's."""
     gc.collect()
     if task.device != "cpu":
         torch.cuda.empty_cache()  # for a peer in another process
@@ -449,15 +524,23 @@ def against(task: Task, ours: Ours, first: float, name: str, make: Callable[[], 
     except (ImportError, RuntimeError, ValueError) as error:
         return dict(kind="peer", name=name, missing=_line(error))
     try:
-        loss = peer.step()
-        if not abs(loss - first) <= SAME_LOSS * abs(first):
-            return dict(kind="peer", name=name, missing=f"its first loss is {loss:.4f}, ours {first:.4f}: not the same step")
-        times = interleaved({"ours": ours.step, name: peer.step}, steps, warm_up=2)
-        return row_of(task, "peer", name, times[name], peer.peak_bytes(), _median_ratio(times, name))
+        gap, why = difference(first, opening(peer), losses)
+        if why:
+            return dict(kind="peer", name=name, missing=why)
+        peak = peer.peak_bytes()  # before ours steps in what may be the same process
+        times = interleaved({"ours": ours.step, name: peer.step}, steps, warm_up=1)
+        return row_of(task, "peer", name, times[name], peak, _median_ratio(times, name)) | dict(gap=float(f"{gap:.2g}"))
     except RuntimeError as error:
         return dict(kind="peer", name=name, missing=_line(error))
     finally:
         peer.close()
+
+
+def within(seconds: float, rows: Iterable[dict[str, object]]) -> Iterator[dict[str, object]]:
+    """The rows that can be begun within so many seconds."""
+    ends, rows = perf_counter() + seconds, iter(rows)
+    while perf_counter() < ends and (row := next(rows, None)) is not None:
+        yield row
 
 
 def _line(error: Exception) -> str:
@@ -465,17 +548,18 @@ def _line(error: Exception) -> str:
 
 
 def line_of(row: dict[str, object]) -> str:
-    """A row for people."""
-    text = f"  {row['kind']:11} {row['name']:22}"
+    """A row for people; utilisation stands below it."""
+    text = f"  {row['kind']:16} {row['name']:20}"
     if row.get("missing"):
         return f"{text} not measured: {row['missing']}"
     if row["kind"] == "part":
-        return f"{text} {row['p50_ms']:9.2f} ms {row['share']:6.1%}"
-    text += f" {row['p50_ms']:9.2f} ms ({row['p20_ms']:.2f}, {row['p80_ms']:.2f}) {row['tokens_per_s']:10,} tokens/s"
-    if row["mfu_6n"] != "":
-        text += f"  MFU {row['mfu_6n']:.1%} of 6N, {row['mfu_causal']:.1%} with causal attention, {row['mfu_full']:.1%} with full"
+        return f"{text} {row['mean_ms']:9.2f} ms {row['share']:6.1%}  mean, instrumented"
+    text += f" {row['p50_ms']:9.2f} ms ({row['p20_ms']:.2f}, {row['p80_ms']:.2f}) {row['tokens_per_s']:9,} tokens/s"
     text += f"  {format_bytes(row['peak_bytes'])}" if row["peak_bytes"] != "" else ""
-    return text + (f"  {row['ratio']:.2f}x the time of ours" if row["ratio"] != "" else "")
+    text += f"  {row['ratio']:.2f}x the time of ours" if row["ratio"] != "" else ""
+    if row["mfu_6n"] != "":
+        text += f"\n{'':21}MFU {row['mfu_6n']:.1%} of 6N, {row['mfu_causal']:.1%} with causal attention, {row['mfu_full']:.1%} with full"
+    return text
 
 
 def task_of(model: str, device: str) -> Task:
@@ -488,9 +572,10 @@ def task_of(model: str, device: str) -> Task:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 for what cannot be measured here."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command("step", __doc__)
     parser.add_argument("--model", nargs="+", choices=SHAPES, metavar="NAME", help=f"of {', '.join(SHAPES)}; default: all but nano, on a CPU nano")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each contestant")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each contestant, default %(default)s")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after so many [s], default never")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="default on a GPU: results/<gpu>/step.csv")
     options = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
@@ -502,22 +587,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"step: --steps {options.steps}: percentiles need at least 2", file=sys.stderr)
         return 2
     device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
-    facts = stamp(board(torch.device(device)))
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    facts = stamp(board(torch.device(device)), options.commit)
+    print(stamped(facts))
     path = options.csv or (RESULTS / machine() / "step.csv" if on_gpu else None)
-    table = Table(path, COLUMNS, facts) if path else None
-    for model in models:
-        task = task_of(model, device)
-        facts = dict(model=model, parameters=parameter_count(task.c), rows=task.rows, length=task.length)
-        tiny = "" if on_gpu else "; tiny, on a CPU: no figure to compare with"
-        print(f"{model}: {facts['parameters']:,} parameters, {task.rows} x {task.length} tokens a step{tiny}", flush=True)
-        for row in rows_of(task, options.steps):
-            print(line_of(row), flush=True)
-            if table:
-                table.write(facts | row)
-    if path:
+    try:
+        table = Table(path, COLUMNS, facts, KEY) if path else None
+    except ValueError as error:
+        print(f"step: --csv {error}", file=sys.stderr)
+        return 2
+    began = perf_counter()
+    for row in within(options.seconds, _rows(models, device, options.steps)):
+        print(line_of(row), flush=True)
+        if table:
+            table.write(row)
+    if perf_counter() - began >= options.seconds:
+        print(f"step: --seconds {options.seconds:g} are over: what is missing above was not begun")
+    if table and table.rows:
         print(f"wrote {path}")
     return 0
+
+
+def _rows(models: list[str], device: str, steps: int) -> Iterator[dict[str, object]]:
+    """Every row of all models, what is asked for most of each first."""
+    for rows in (headline, detail):
+        for model in models:
+            task = task_of(model, device)
+            facts = dict(model=model, parameters=parameter_count(task.c), rows=task.rows, length=task.length)
+            tiny = "; tiny, on a CPU: no figure to compare with" if device == "cpu" else ""
+            print(f"{model}: {facts['parameters']:,} parameters, {task.rows} x {task.length} tokens a step{tiny}", flush=True)
+            for row in rows(task, steps):
+                yield facts | row
 
 
 if __name__ == "__main__":

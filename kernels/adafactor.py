@@ -72,12 +72,13 @@ def adafactor_reference(
             moments = {variances[index]: square}
         else:
             moments = {row_vars[index]: square.mean(1), col_vars[index]: square.mean(0)}
-        moved = [old.lerp(new.view(old.shape), mix) for old, new in moments.items()]
-        if len(moved) == 1:
-            variance = moved[0]
+        moved = [old.to(dtype).lerp(new.view(old.shape), mix) for old, new in moments.items()]
+        kept = [new.to(old.dtype).to(dtype) for old, new in zip(moments, moved, strict=True)]
+        if len(kept) == 1:
+            variance = kept[0]
         else:
-            row, col = (moment.flatten() for moment in moved)
-            variance = (row / row.mean().clamp(min=eps1))[:, None] * col
+            row, col = (moment.flatten() for moment in kept)
+            variance = (row / moved[0].mean().clamp(min=eps1))[:, None] * col
         # The square of a small epsilon may be 0, and so would be the root of a variance of 0.
         update = g * variance.clamp(min=max(eps1 * eps1, finfo.tiny)).rsqrt()
         size = size / (update.square().mean().sqrt() / clip_threshold).clamp(min=1.0)
@@ -175,6 +176,7 @@ def _sum_tile(
 ):  # fmt: skip
     WEIGHT: tl.constexpr = DTYPES[0]  # named, for Triton 3.6 takes a tuple's strings for no constants
     GRAD: tl.constexpr = DTYPES[1]
+    MOMENT: tl.constexpr = DTYPES[2]
     top, left, limit, width, factored, scale, mix = numbers
     by_row, by_column, total = sums
     if WHOLE:
@@ -194,8 +196,8 @@ def _sum_tile(
             columns += square
             tl.store(by_row + line, tl.sum(square, 1, keep_dims=True), line * width < limit)
         else:
-            v = read(moment, index, mask, "float32", WHOLE)
-            write(moment, index, (1.0 - mix) * v + mix * square, mask, "float32", WHOLE)
+            v = read(moment, index, mask, MOMENT, WHOLE)
+            write(moment, index, (1.0 - mix) * v + mix * square, mask, MOMENT, WHOLE)
     if factored != 0:
         tl.store(by_column + column, tl.sum(columns, 0, keep_dims=True), column < width)
     tl.store(total, tl.sum(weights))
@@ -203,8 +205,9 @@ def _sum_tile(
 
 @jit
 def _adafactor_moments_kernel(
-    table, chunks, scratch, step, found, beta2_decay, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr
-):
+    table, chunks, scratch, step, found, beta2_decay,
+    MOMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """CHUNK row moments of a matrix, and their sum, or column moments: chunks of rows come first."""
     tensor, chunk = locate(chunks)
     row = table + tensor * 12
@@ -221,10 +224,10 @@ def _adafactor_moments_kernel(
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)[:, None]
         total += tl.load(first + part * count + index[None, :], (part < parts) & mask[None, :], 0.0)
-    old = read(moment, index, mask, "float32", False)
+    old = read(moment, index, mask, MOMENT, False)
     mix = _mix(step, beta2_decay)
     new = (1.0 - mix) * old + mix * (tl.sum(total, 0) / length)
-    write(moment, index, new, mask, "float32", False)
+    write(moment, index, new, mask, MOMENT, False)
     if along:
         tl.store(scratch + sums + chunk, tl.sum(tl.where(mask, new, 0.0), 0))
 
@@ -272,11 +275,12 @@ def _norm_tile(
     grad, first, second, numbers,
     DTYPES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    MOMENT: tl.constexpr = DTYPES[2]
     top, left, limit, width, factored, scale, mean, least = numbers
     if WHOLE:
         width = width // 8 * 8
     column = left + tl.arange(0, COLUMNS)[None, :]
-    moments = (first, read(second, column, (column < width) & (factored != 0), "float32", False) / mean)
+    moments = (first, read(second, column, (column < width) & (factored != 0), MOMENT, False) / mean)
     squares = tl.zeros((BLOCK, COLUMNS), tl.float32)
     for start in range(0, tl.minimum(tl.cdiv(limit, width) - top, ROWS).to(tl.int32), BLOCK):
         line = top + start + tl.arange(0, BLOCK)[:, None]
@@ -289,14 +293,15 @@ def _norm_tile(
 def _update(grad, moments, line, column, limit, width, factored, scale, least, DTYPES: tl.constexpr, WHOLE: tl.constexpr):
     """(index, mask, update before it is clipped) of some lines of a tile."""
     GRAD: tl.constexpr = DTYPES[1]
+    MOMENT: tl.constexpr = DTYPES[2]
     first, columns = moments
     index = line * width + column
     mask = (column < width) & (index < limit)
     g = read(grad, index, mask, GRAD, WHOLE) * scale
     if factored != 0:
-        v = read(first, line, line * width < limit, "float32", False) * columns
+        v = read(first, line, line * width < limit, MOMENT, False) * columns
     else:
-        v = read(first, index, mask, "float32", WHOLE)
+        v = read(first, index, mask, MOMENT, WHOLE)
     return index, mask, g * tl.rsqrt(tl.maximum(v, least, propagate_nan=tl.PropagateNan.ALL))
 
 
@@ -337,13 +342,14 @@ def _apply_tile(
     DTYPES: tl.constexpr, HAS_MASTERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     WEIGHT: tl.constexpr = DTYPES[0]
+    MOMENT: tl.constexpr = DTYPES[2]
     PARAM: tl.constexpr = DTYPES[4]
     weight, grad, first, second, param = addresses
     top, left, limit, width, factored, scale, mean, least, decay, pace, noise, counter = numbers
     if WHOLE:
         width = width // 8 * 8
     column = left + tl.arange(0, COLUMNS)[None, :]
-    moments = (first, read(second, column, (column < width) & (factored != 0), "float32", False) / mean)
+    moments = (first, read(second, column, (column < width) & (factored != 0), MOMENT, False) / mean)
     for start in range(0, tl.minimum(tl.cdiv(limit, width) - top, ROWS).to(tl.int32), BLOCK):
         line = top + start + tl.arange(0, BLOCK)[:, None]
         index, mask, update = _update(grad, moments, line, column, limit, width, factored, scale, least, DTYPES, WHOLE)
@@ -399,8 +405,8 @@ def _triton(
         types = dict(DTYPES=dtypes, EDGE=_EDGE, **switches, num_warps=4)
         launch(_adafactor_sums_kernel, (len(tile),), table, tile, scratch, step, scale, found, float(beta2_decay), BLOCK=_APART, **types)
         if len(chunk):
-            launch(_adafactor_moments_kernel, (len(chunk),), table, chunk, scratch, step, found, float(beta2_decay), PARTS=_PARTS, **switches,
-                   num_warps=4)  # fmt: skip
+            launch(_adafactor_moments_kernel, (len(chunk),), table, chunk, scratch, step, found, float(beta2_decay), MOMENT=dtypes[2], PARTS=_PARTS,
+                   **switches, num_warps=4)  # fmt: skip
         launch(_adafactor_totals_kernel, (len(indices), 2), table, scratch, FIRST=0, BLOCK=_TOTAL_BLOCK, **switches, num_warps=8)
         launch(_adafactor_norms_kernel, (len(tile),), table, tile, scratch, scale, found, eps1, least, BLOCK=_APART, **types)
         launch(_adafactor_totals_kernel, (len(indices), 1), table, scratch, FIRST=2, BLOCK=_TOTAL_BLOCK, **switches, num_warps=8)
@@ -430,8 +436,11 @@ def _check(params, grads, row_vars, col_vars, variances, masters, seed, counter_
         if not whole and not matrix:
             raise ValueError(f"adafactor_: of shape {tuple(p.shape)} needs a variance of its shape, or a matrix both its row_vars and its col_vars")
         moments += [variance] if whole else [row, col]
-    if params and (narrow := {t.dtype for t in (*moments, *(masters or ()))} - {compute_dtype(*params)}):
-        raise ValueError(f"adafactor_: moments and masters must be {compute_dtype(*params)}, not {narrow.pop()}")
+        if matrix and row.dtype != col.dtype:
+            raise ValueError(f"adafactor_: row_vars in {row.dtype} and col_vars in {col.dtype} of one matrix must be of one dtype")
+    wide = {compute_dtype(*params)} if params else set()
+    if other := {t.dtype for t in masters or ()} - wide or {t.dtype for t in moments} - wide - {torch.bfloat16}:
+        raise ValueError(f"adafactor_: moments and masters must be {wide.pop()}, or moments bfloat16, not {other.pop()}")
     low = {p.dtype for p in params} & {torch.bfloat16, torch.float16}
     if masters is None and low and (seed is None or counter_starts is None or torch.float16 in low):
         raise ValueError("adafactor_: low-precision params need masters, or (bf16 only) seed and counter_starts")
@@ -466,8 +475,8 @@ def adafactor_(
     masters               fp32 copies of lower-precision params, updated; the params become their rounded copies
     seed, counter_starts  without masters, bf16 params are rounded stochastically, element i of tensor n keyed on (seed, counter_starts[n] + i)
 
-    Moments are fp32 (float64 for float64). Raises ValueError for lists that do not match in length, shape or device, for moments of another
-    dtype, or for bf16 without masters, seed and counter_starts.
+    Moments are fp32 (float64 for float64) or bf16, rounded to the nearest. Raises ValueError for lists that do not match in length, shape or
+    device, for moments of another dtype, or for bf16 params without masters, seed and counter_starts.
     """
     moments = _check(params, grads, row_vars, col_vars, variances, masters, seed, counter_starts, weight_decay, lr_scales)
     if not params:

@@ -167,14 +167,10 @@ def _norm_backward_kernel(
     weight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     bias_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        row, inverse, mean = _load_statistics(means, inverses, first, rows, CENTRED, ROWS)
         mask = (row < rows) & (column < width)
         up = tl.load(grad + row * grad_stride + column, mask, 0.0).to(tl.float32)
-        unit = tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32)
-        inverse = tl.load(inverses + row, row < rows, 0.0)
-        if CENTRED:
-            unit -= tl.load(means + row, row < rows, 0.0)
-        unit *= inverse
+        unit = (tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32) - mean) * inverse
         weight_sum += up * unit
         if HAS_BIAS:
             bias_sum += up
@@ -190,6 +186,15 @@ def _norm_backward_kernel(
     tl.store(sums + place, tl.sum(weight_sum, 0), tl.arange(0, BLOCK) < width)
     if HAS_BIAS:
         tl.store(bias_sums + place, tl.sum(bias_sum, 0), tl.arange(0, BLOCK) < width)
+
+
+@jit
+def _load_statistics(means, inverses, first, rows, CENTRED: tl.constexpr, ROWS: tl.constexpr):
+    """(row, inverse, mean) of ROWS rows, each (ROWS, 1). Loaded by rows alone: in a tile's layout each thread would load them several times."""
+    row = first + tl.arange(0, ROWS).to(tl.int64)
+    inverse = tl.load(inverses + row, row < rows, 0.0)
+    mean = tl.load(means + row, row < rows, 0.0) if CENTRED else tl.zeros((ROWS,), tl.float32)
+    return row[:, None], inverse[:, None], mean[:, None]
 
 
 @jit
@@ -240,13 +245,11 @@ def _norm_weight_kernel(
     weight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     bias_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        row, inverse, mean = _load_statistics(means, inverses, first, rows, CENTRED, ROWS)
         mask = (row < rows) & (column < width)
         up = tl.load(grad + row * grad_stride + column, mask, 0.0).to(tl.float32)
-        unit = tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32)
-        if CENTRED:
-            unit -= tl.load(means + row, row < rows, 0.0)
-        weight_sum += up * unit * tl.load(inverses + row, row < rows, 0.0)
+        unit = (tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32) - mean) * inverse
+        weight_sum += up * unit
         if HAS_BIAS:
             bias_sum += up
     place = tl.program_id(0).to(tl.int64) * width + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -29,6 +29,9 @@ EXAMPLES = ((6, 16, 50), (33, 8, 131), (1, 4, 3))
 _CHUNK = 1 << 21
 """Logits of a chunk in the reference: 8 MB of fp32, few enough to stay near the processor, rows enough for its matrix products."""
 
+_GPU_CHUNK = 1 << 27
+"""The same on a GPU, whose matrix products want thousands of rows: each chunk reads the whole weight and its gradient."""
+
 
 class _Options:
     """What a chunk needs to know besides its tensors."""
@@ -104,8 +107,13 @@ def _native_chunk(hidden, weight, labels, factors, logprob, o):
     return z
 
 
-def _chunks(rows, columns):
-    step = max(16, _CHUNK // max(1, columns))
+def _chunk_logits(device: torch.device) -> int:
+    """Logits of a chunk on the device, of 16 rows at the least."""
+    return _CHUNK if device.type == "cpu" else _GPU_CHUNK
+
+
+def _chunks(rows, columns, device):
+    step = max(16, _chunk_logits(device) // max(1, columns))
     return [slice(i, min(rows, i + step)) for i in range(0, rows, step)]
 
 
@@ -130,7 +138,7 @@ class _General(torch.autograd.Function):
         dtype = compute_dtype(hidden)
         loss, logprob = (torch.empty(len(labels), dtype=dtype, device=hidden.device) for _ in range(2))
         entropy = torch.empty_like(loss) if want_entropy else None
-        for part in _chunks(len(labels), weight.shape[0]):
+        for part in _chunks(len(labels), weight.shape[0], weight.device):
             if o.native:
                 _native_chunk(hidden[part], weight, labels[part], None, logprob[part], o)
                 torch.neg(logprob[part], out=loss[part])
@@ -148,7 +156,7 @@ class _General(torch.autograd.Function):
         hidden, weight, labels = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = _WeightGradient(weight)
-        for part in _chunks(len(labels), weight.shape[0]):
+        for part in _chunks(len(labels), weight.shape[0], weight.device):
             if ctx.o.native:
                 factors = grad_loss[part] - grad_logprob[part]
                 gradient = _native_chunk(hidden[part], weight, labels[part], factors, torch.empty_like(factors), ctx.o)
@@ -176,7 +184,7 @@ class _Weighted(torch.autograd.Function):
         ctx.dtype, needs = hidden.dtype, any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs else None
         grad_weight = _WeightGradient(weight) if needs else None
-        for part in _chunks(len(labels), weight.shape[0]):
+        for part in _chunks(len(labels), weight.shape[0], weight.device):
             factors = token_weight[part].to(dtype)
             if o.native:
                 gradient = _native_chunk(hidden[part], weight, labels[part], factors if needs else None, logprob[part], o)

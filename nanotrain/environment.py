@@ -14,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
 def environment() -> dict[str, Any]:
     """Versions, machine and the state of the source tree, for env.json. Holds no environment variables."""
     packages = {}

@@ -39,16 +39,17 @@ def aside(function: Callable[[], Any]) -> Any:
 class CapturedStep:
     """`step(batches, factor)`, replayed from a CUDA graph after two steps that run as they are, in which kernels are compiled.
 
-    What it returns is overwritten by the next step. `capture` and `warm_up` are how a function is captured, and run before that.
+    What it returns is overwritten by the next step. `held()` gives what the step reads and others may let go of (RoPE's tables): it is kept as
+    long as the graph. `capture` and `warm_up` are how a function is captured, and run before that.
     """
 
-    def __init__(self, step: Callable[[list[Batch], torch.Tensor], Any], length: int, *, capture=cuda_graph, warm_up=aside):
-        """`length` [tokens] of a row: no position is larger, in any batch."""
-        self.step, self.length, self.capture, self.warm_up = step, length, capture, warm_up
+    def __init__(self, step: Callable[[list[Batch], torch.Tensor], Any], held: Callable[[], Any], *, capture=cuda_graph, warm_up=aside):
+        self.step, self.held, self.capture, self.warm_up = step, held, capture, warm_up
         self.warm_ups = 2
         self.batches: list[Batch] = []
         self.replay: Callable[[], None] | None = None
         self.outputs: Any = None
+        self.kept: Any = None
 
     def __call__(self, batches: list[Batch], factor: float) -> Any:
         documents = max(len(batch.cu_seqlens) for batch in batches)
@@ -66,6 +67,7 @@ class CapturedStep:
             return self.warm_up(lambda: self.step(self.batches, self.factor))
         if self.replay is None:
             self.replay, self.outputs = self.capture(lambda: self.step(self.batches, self.factor))
+            self.kept = self.held()
         self.replay()
         return self.outputs
 
@@ -77,7 +79,7 @@ class CapturedStep:
             replace(
                 batch, tokens_BT=batch.tokens_BT.clone(), labels_BT=batch.labels_BT.clone(), positions_BT=batch.positions_BT.clone(),
                 counters_BT=batch.counters_BT.clone(), cu_seqlens=F.pad(batch.cu_seqlens, (0, documents - len(batch.cu_seqlens))), rows=None,
-                counted=torch.zeros((), dtype=torch.int64, device=device), max_position=self.length,
+                counted=torch.zeros((), dtype=torch.int64, device=device),
             )
             for batch in batches
         ]  # fmt: skip

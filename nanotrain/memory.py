@@ -71,7 +71,7 @@ def plan(
     count, wide = sum(p.numel() for p in optimizer.params.values()), optimizer.wide.itemsize
     gradients = count * (dtype.itemsize + (wide if accumulate > 1 else 0))
     native = has_native(dtype, device)
-    logits = max(token_loss._CHUNK, 16 * c.vocab_size) * (dtype.itemsize if native and not c.logit_softcap else 3 * wide)
+    logits = max(token_loss._chunk_logits(device), 16 * c.vocab_size) * (dtype.itemsize if native and not c.logit_softcap else 3 * wide)
     head = logits + c.vocab_size * c.width * wide
     activations = activation_bytes(c, dtype=dtype, length=length, rows=rows)
     gate = 3 * dtype.itemsize if native and c.activation != "gelu" else (6 if dtype.itemsize < wide else 3) * wide

@@ -10,16 +10,19 @@ import sys
 import time
 import types
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import gpu, kernels, step
+from benchmarks import gpu, kernels, roofline, step
 from benchmarks.common import quantiles
 from benchmarks.kernel_cases import Case
 from benchmarks.roofline import H100, Board, Point, Roof, picture, roof_of, stated
+from nanotrain import environment
+from nanotrain.optim import OptimConfig
 
-FACTS = {"machine": "here", "commit": "0123"}
+FACTS = {"machine": "here", "commit": "0123", "dirty": False, "power_cap_watts": "", "date": "2026-01-02"}
 
 
 class FakeTimer:
@@ -66,13 +69,22 @@ def bench(tmp_path, monkeypatch):
     def run(one, timer=None, dtypes=(torch.float32,), seconds=math.inf, roof=H100):
         peers = tuple(one.peers)
         columns = (*kernels.COLUMNS, *(f"{peer}_{what}" for peer in peers for what in ("ms", "ratio", "peak_bytes")))
-        table = kernels.Table(tmp_path / "table.csv", tuple(dict.fromkeys(columns)), FACTS)
+        path = tmp_path / "table.csv"
+        path.unlink(missing_ok=True)
+        table = kernels.Table(path, tuple(dict.fromkeys(columns)), FACTS, kernels.KEY)
         found = kernels.Bench("cpu", timer or FakeTimer(), roof, table, rounds=5)
         found.left = found.run(kernels.workloads([one], dtypes), seconds)
-        with table.path.open() as file:
-            return found, list(csv.DictReader(file))
+        found.points, found.commits = kernels.points_of(table, [one])
+        return found, rows_in(path)
 
     return run
+
+
+def rows_in(path):
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def test_percentiles():
@@ -91,6 +103,86 @@ def test_the_roof():
     # A GPU that the table lacks has the bandwidth that its clock and bus give, or no roof.
     assert roof_of("Something New", Board(bandwidth=1e12)) == Roof("Something New", 1e12, None)
     assert roof_of("Something New", Board()) is None
+
+
+def test_one_table_of_peaks_for_the_roof_and_for_utilisation(monkeypatch):
+    known = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA GH200 480GB": 989e12,
+             "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None, "Something New": None}  # fmt: skip
+    for name, flops in known.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert environment.peak_flops(torch.device("cuda")) == flops
+        assert (stated(name).flops if flops else stated(name)) == flops
+    assert environment.peak_flops(torch.device("cpu")) is None
+
+
+def test_the_bandwidth_of_an_unknown_gpu_is_that_of_its_highest_clock(monkeypatch):
+    nvml = types.SimpleNamespace(
+        NVML_CLOCK_MEM=2, nvmlDeviceGetEnforcedPowerLimit=lambda handle: 350_000, nvmlDeviceGetMaxClockInfo=lambda handle, clock: 1000 * clock,
+        nvmlDeviceGetMemoryBusWidth=lambda handle: 512, nvmlSystemGetDriverVersion=lambda: "580.1",
+    )  # fmt: skip
+    monkeypatch.setattr(roofline, "GpuWatch", lambda device: types.SimpleNamespace(nvml=nvml, handle=None))
+    assert roofline.board(torch.device("cuda")) == Board(350.0, 2000, 256e9, "580.1")
+
+
+# Where rows come from, and where they go
+
+
+def test_the_stamp_names_a_commit_and_calls_only_sources_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True, capture_output=True)
+
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    found = kernels.stamp(Board())
+    assert (found["commit"], found["dirty"], found["power_cap_watts"]) == ("", "", "")
+    assert "power_cap" not in kernels.stamped(found) and "dirty" not in kernels.stamped(found)
+    assert {"driver", "liger", "transformers", "triton"} <= found.keys() and kernels.stamp(Board(driver="580.1"))["driver"] == "580.1"
+    found = kernels.stamp(Board(), "0123456789abcdef")  # of a copy
+    assert (found["commit"], found["dirty"]) == ("0123456789ab", "")
+    source, result = tmp_path / "a.py", tmp_path / "benchmarks" / "results" / "a.csv"
+    result.parent.mkdir(parents=True)
+    source.write_text("1"), result.write_text("1")
+    git("init"), git("add", "."), git("commit", "-m", "first")
+    head = environment.git("rev-parse", "HEAD")
+    result.write_text("2")
+    assert [kernels.stamp(Board())[name] for name in ("commit", "dirty")] == [head[:12], False]
+    source.write_text("2")
+    assert kernels.stamp(Board())["dirty"] is True and kernels.stamp(Board(), head[:7])["dirty"] is True
+    assert kernels.stamp(Board(), "0123456")["dirty"] == ""  # nothing is known of another commit
+
+
+def test_rows_take_the_place_of_those_they_are_the_same_as(tmp_path):
+    path = tmp_path / "table.csv"
+    columns, key = ("kernel", "shape", "ms"), ("kernel", "shape")
+    table = kernels.Table(path, columns, {"commit": "old"}, key)
+    assert not path.exists()
+    table.write(dict(kernel="a", shape="8", ms=1.0)), table.write(dict(kernel="b", shape="8", ms=2.0))
+    with pytest.raises(ValueError, match="no column other"):
+        table.write(dict(kernel="a", other=1))
+    table = kernels.Table(path, (*columns, "wrong"), {"commit": "new"}, key)
+    table.write(dict(kernel="a", shape="8", wrong="it is")), table.write(dict(kernel="a", shape="9", ms=3.0))
+    assert [tuple(row.values()) for row in rows_in(path)] == [
+        ("a", "8", "", "it is", "new"), ("b", "8", "2.0", "", "old"), ("a", "9", "3.0", "", "new"),
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_text("my,notes\n1,2\n")
+    with pytest.raises(ValueError, match="has no columns kernel, shape"):
+        kernels.Table(path, columns, {}, key)
+    assert path.read_text() == "my,notes\n1,2\n"
+
+
+def test_a_run_of_one_kernel_leaves_the_others_in_table_and_picture(tmp_path):
+    cases = [case(), replace(case(), name="other")]
+
+    def run(chosen, commit):
+        table = kernels.Table(tmp_path / "table.csv", kernels.COLUMNS, FACTS | {"commit": commit}, kernels.KEY)
+        kernels.Bench("cpu", FakeTimer(), H100, table, rounds=2).run(kernels.workloads(chosen, [torch.float32]))
+        return kernels.points_of(table, cases)
+
+    assert run(cases, "old")[1] == ["old"]
+    points, commits = run(cases[:1], "new")
+    assert [point.label for point in points] == ["times", "times", "other", "other"] and commits == ["new", "old"]
+    assert (points[0].nbytes, points[0].flops) == pytest.approx((1024, 128), rel=1e-3)
+    assert "at commit new, old, the last 2026-01-02;" in kernels.note_of(FACTS, commits)
 
 
 def test_the_picture_is_a_whole_svg_with_a_hollow_point_for_what_is_predicted():
@@ -123,7 +215,7 @@ def test_a_right_kernel_is_measured(bench):
     assert float(row["torch_ratio"]) == pytest.approx(float(row["torch_ms"]) / float(row["p50_ms"]), rel=1e-2)
     assert row["peak_bytes"] == row["torch_peak_bytes"] == "4096" and row["host_ms"] == "2.0" and row["commit"] == "0123"
     assert set(timer.leads) == {0.0, 3e-3}  # in the warm-up, and then by what the host took
-    assert [p.measured for p in found.points.values()] == [True, True]
+    assert [p.measured for p in found.points] == [True, True]
 
 
 def _nan(inputs):
@@ -203,6 +295,44 @@ def test_a_peer_that_computes_something_else_or_fails_is_left_out(bench, capsys)
     assert "other left out of times 8x16 fp32: output 0: error" in text and "fails left out of times 8x16 fp32: RuntimeError: no such" in text
 
 
+def test_torch_compile_is_asked_for_first_shapes_alone(bench):
+    rows = bench(case(peers={"torch": right, "torch.compile": right}), dtypes=(torch.float32, torch.float16))[1]
+    found = {(row["shape"], bool(row["torch_ratio"]), bool(row["torch.compile_ratio"])) for row in rows}
+    assert found == {("8x16", True, True), ("2x3", True, False)}
+
+
+@pytest.mark.parametrize("who", ["ours", "peer"])
+def test_a_lost_gpu_ends_the_run_and_blames_no_other_kernel(tmp_path, monkeypatch, capsys, who):
+    lost = []
+
+    def faults(inputs):
+        lost.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize():
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    cases = [case(_raises), case(faults) if who == "ours" else case(peers={"peer": faults}), replace(case(), name="next")]
+    cases[0] = replace(cases[0], name="before")  # wrong in a way that harms no other
+    table = kernels.Table(tmp_path / "table.csv", kernels.COLUMNS, FACTS, kernels.KEY)
+    bench = kernels.Bench("cpu", FakeTimer(), H100, table, rounds=2)
+    assert kernels.conclude(bench, kernels.workloads(cases, [torch.float32]), math.inf, tmp_path / "roofline.svg") == 1
+    wrong = f"the GPU was lost to {who}: RuntimeError: CUDA error"
+    assert [(row["kernel"], row["wrong"][: len(wrong)]) for row in rows_in(table.path)[2:]] == [("times", wrong)] * 2
+    assert f"stopped, for no call of this process can use the GPU after {who}: RuntimeError: CUDA error" in capsys.readouterr().err
+
+
+def test_lines_fit_a_screen(bench, capsys):
+    row = bench(case(peers={"torch": right, "torch.compile": right, "liger": right}))[1][0]
+    capsys.readouterr()
+    numbers = {name: float(value) for name, value in row.items() if value and name not in (*kernels.KEY, *FACTS)}
+    text = kernels.line_of("linear_cross_entropy (mean)", row | numbers, ["ours", "torch", "torch.compile", "liger"])
+    assert text.count("\n") == 1 and max(map(len, text.splitlines())) <= 120
+
+
 def test_an_end_in_time_leaves_the_rest(bench):
     found, rows = bench(case(), seconds=0.0)
     assert found.left == 2 and rows == []
@@ -215,7 +345,7 @@ def test_without_a_gpu_the_gate_and_the_prediction_are_printed(tmp_path):
         "sys.exit(kernels.main(sys.argv[1:]))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
-    arguments = ["geglu", "--dtype", "bf16", f"--svg={tmp_path / 'roof.svg'}", f"--csv={tmp_path / 'none.csv'}"]
+    arguments = ["geglu", "--dtype", "bf16", f"--svg={tmp_path / 'roof.svg'}"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     gate, predicted = done.stdout.split("\npredicted, not measured: ")
@@ -223,13 +353,32 @@ def test_without_a_gpu_the_gate_and_the_prediction_are_printed(tmp_path):
     assert "predicted us" in predicted and "of the roof" not in predicted and "GB/s" not in predicted
     row = next(line.split() for line in predicted.splitlines() if line.startswith("geglu") and "forward" in line)
     assert float(row[-1]) == pytest.approx(1e6 * float(row[-4]) * 1e6 / 3.35e12, rel=0.01)
-    assert not (tmp_path / "none.csv").exists()  # which would hold what was measured
     assert 'class="forward predicted"' in (tmp_path / "roof.svg").read_text()
 
 
 def test_names_and_rounds_are_checked(capsys):
     assert kernels.main(["no_such"]) == 2 and "no kernel is named no_such" in capsys.readouterr().err
     assert kernels.main(["rms_norm", "--rounds=1"]) == 2 and "--rounds 1" in capsys.readouterr().err
+
+
+def test_a_table_of_what_is_measured_needs_a_gpu(tmp_path, capsys):
+    assert kernels.main(["rms_norm", f"--csv={tmp_path / 'none.csv'}"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["gpu", "kernels", "step"])
+def test_a_checkout_that_is_not_installed_is_told_how_to(name):
+    done = subprocess.run([sys.executable, "-S", "-m", f"benchmarks.{name}"], capture_output=True, text=True, cwd=gpu.ROOT)
+    assert done.returncode == 1 and "pip install -e . --no-deps --no-build-isolation" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [gpu, kernels, step])
+def test_help_fits_a_screen_and_shows_defaults(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 90 and "default" in text and "--commit" in text
 
 
 # Steps
@@ -248,27 +397,79 @@ def test_a_tiny_step_gives_sane_rows(tmp_path, monkeypatch, capsys):
         def step(self):
             return 1.5 * super().step()
 
+    monkeypatch.setattr(step, "MUON", OptimConfig(name="lion"))  # whose products in bf16 are slow on a CPU
+
     monkeypatch.setattr(step, "Peer", lambda task, liger: absent(task, liger) if liger else Other(task))
     monkeypatch.setattr(step, "peak_flops", lambda device: 1e9)
     path = tmp_path / "step.csv"
     assert step.main(["--model", "nano", "--steps", "2", f"--csv={path}"]) == 0
     assert "tiny, on a CPU" in capsys.readouterr().out
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("step", "part", "kernel off", "peer")}
+    rows = rows_in(path)
+    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("step", "peer", "part", "kernel off", "kernel off, muon")}
+    assert list(dict.fromkeys(row["kind"] for row in rows)) == list(kinds)  # what is asked for most comes first
     (row,) = kinds["step"]
     assert int(row["tokens_per_s"]) == pytest.approx(64 / float(row["p50_ms"]) * 1e3, rel=0.01) and int(row["peak_bytes"]) > 0
     six = float(row["mfu_6n"])
     assert six < float(row["mfu_causal"]) < float(row["mfu_full"])
     assert float(row["mfu_causal"]) - six == pytest.approx(float(row["mfu_full"]) - float(row["mfu_causal"]), abs=3e-4, rel=1e-2)
     shares = {row["name"]: float(row["share"]) for row in kinds["part"]}
+    assert all(row["mean_ms"] and not row["p50_ms"] for row in kinds["part"])
     assert sum(shares.values()) == pytest.approx(1, abs=1e-3) and all(shares[part] > 0 for part in step.PARTS)
     names = [row["name"] for row in kinds["kernel off"]]
     assert {"rms_norm", "swiglu", "flash_attention", "linear_cross_entropy", "adamw_", "every kernel"} <= set(names)
     assert all(float(row["ratio"]) > 0 for row in kinds["kernel off"])
-    muon, other, missing = kinds["peer"]
-    assert muon["name"] == "ours, muon" and float(muon["ratio"]) > 0
+    assert [row["name"] for row in kinds["kernel off, muon"]] == ["lion_", "every kernel"]
+    other, missing, muon = kinds["peer"]
+    assert muon["name"] == "ours, muon" and float(muon["ratio"]) > 0 and float(muon["gap"]) < 1e-4
     assert "not the same step" in other["missing"] and not other["p50_ms"] and missing["missing"] == "No module named 'peer'"
+
+
+def test_no_row_is_begun_after_the_time_is_over(tmp_path, capsys):
+    assert step.main(["--model", "nano", "--seconds=0", f"--csv={tmp_path / 'step.csv'}"]) == 0
+    assert "--seconds 0 are over" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert list(step.within(60.0, iter([1, 2]))) == [1, 2]
+
+
+OTHERS = {
+    **{f"weights by seed {seed}": dict(seed=seed) for seed in (1, 2, 3)},
+    "twice the rate": dict(c=replace(step.OPTIM, lr=2 * step.OPTIM.lr)),
+    "not a number": dict(scale=math.nan),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_peer_that_trains_another_model_or_otherwise_is_refused(ours, monkeypatch, name):
+    """The first loss at random weights is about ln V, whatever the weights: it alone would let all of these through."""
+    task, other, build = ours.task, dict(OTHERS[name]), step.build_model
+    first = step.opening(step.Ours(task))
+    seed, scale = other.pop("seed", 0), other.pop("scale", 1.0)
+    monkeypatch.setattr(step, "build_model", lambda c, **options: build(c, **options | dict(seed=seed)))
+    peer = step.Ours(task, **other)
+    peer.model.head.weight.data.mul_(scale)
+    row = step.against(task, ours, first, name, lambda: peer, 2)
+    assert "not the same step" in row["missing"]
+
+
+def test_the_same_step_is_the_same(ours):
+    first = step.opening(step.Ours(ours.task))
+    assert step.difference(first, step.opening(step.Ours(ours.task))) == (0.0, "")
+    # In bf16, as a peer's autocast differs from ours.
+    gap, why = step.difference(first, step.opening(step.Ours(replace(ours.task, dtype=torch.bfloat16))))
+    assert 0 < gap < step.SAME_NORM and why == ""
+
+
+def test_a_peers_peak_memory_is_read_before_ours_steps(ours):
+    did = []
+
+    class Stub:
+        def __init__(self, name):
+            twin = step.Ours(ours.task)
+            self.step = lambda: did.append(name) or twin.step()
+            self.gradient_norm, self.close = twin.gradient_norm, twin.close
+            self.peak_bytes = lambda: did.append("peak") or 1
+
+    row = step.against(ours.task, Stub("ours"), step.opening(step.Ours(ours.task)), "peer", lambda: Stub("peer"), 2)
+    assert row["peak_bytes"] == 1 and did[: step.OPENING + 1] == ["peer"] * step.OPENING + ["peak"] and did.count("ours") == 3
 
 
 def test_large_models_need_a_gpu(capsys, monkeypatch):
@@ -341,15 +542,15 @@ def test_transformers_trains_the_same_model(model):
 @pytest.mark.extras
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="extra: pip install -e '.[peers]'")
 def test_a_peer_has_a_process_of_its_own(ours):
-    row = step.against(ours.task, ours, step.Ours(ours.task).step(), "transformers", lambda: step.Peer(ours.task, liger=False), 2)
+    row = step.against(ours.task, ours, step.opening(step.Ours(ours.task)), "transformers", lambda: step.Peer(ours.task, liger=False), 2)
     assert "missing" not in row and row["peak_bytes"] > 0 and row["ratio"] > 0
 
 
 # One command
 
 
-def part(name, weight, code):
-    return gpu.Part(name, weight, lambda seconds: [sys.executable, "-c", code.replace("SECONDS", repr(seconds))])
+def part(name, weight, code, needs=()):
+    return gpu.Part(name, weight, lambda seconds: [sys.executable, "-c", code.replace("SECONDS", repr(seconds))], needs)
 
 
 def test_a_part_that_hangs_is_cut_short_and_the_next_ones_run(tmp_path, capsys):
@@ -369,6 +570,29 @@ def test_a_part_that_hangs_is_cut_short_and_the_next_ones_run(tmp_path, capsys):
     assert "gpu: hangs, at most 3 s of 9 s left" in text and "begins" in text and "cut short" in text
 
 
+def test_a_part_whose_packages_are_not_installed_is_not_run(tmp_path):
+    found = gpu.run([part("lacks", 1, "raise SystemExit(3)", ("csv", "no_such_package")), part("works", 1, "pass")], 30.0, tmp_path)
+    assert str(found[0]).endswith("not run: no_such_package not installed") and found[0].code is None and found[1].code == 0
+
+
+def test_test_files_run_side_by_side_the_longest_first(tmp_path, capfd):
+    names = [path.name for path in gpu.test_files()]
+    assert {"test_graphs.py", "test_norm.py", "test_optimizers.py"} <= set(names) and not any("native" in name for name in names)
+    sizes = [path.stat().st_size for path in gpu.test_files()]
+    assert sizes == sorted(sizes, reverse=True) and all(path.is_file() for path in gpu.test_files())
+    files = [tmp_path / "test_good.py", tmp_path / "test_bad.py"]
+    files[0].write_text("def test(): pass"), files[1].write_text("def test(): assert 0")
+    assert gpu.run_tests(files[:1]) == 0 and gpu.run_tests(files) == 1
+    text = capfd.readouterr().out
+    assert "test_good: 1 passed" in text and "test_bad: 1 failed" in text and text.endswith("2 files, failed: test_bad\n")
+
+
+def test_parts_pass_the_commit_on(tmp_path):
+    commands = [part.command(100.0) for part in gpu.parts(tmp_path, "0123456")]
+    assert ["--commit=0123456" in command for command in commands] == [False, True, True]
+    assert all("--seconds=80" in command for command in commands[1:])
+
+
 def test_the_command_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
@@ -378,7 +602,7 @@ def test_the_command_without_a_gpu(capsys, monkeypatch):
 def test_the_command_sums_up(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for code, status in (("pass", 0), ("raise SystemExit(1)", 1)):
-        monkeypatch.setattr(gpu, "parts", lambda out, code=code: [part("only", 1, code)])
+        monkeypatch.setattr(gpu, "parts", lambda out, commit, code=code: [part("only", 1, code)])
         assert gpu.main(["--minutes=1", f"--out={tmp_path}"]) == status
         assert (tmp_path / "summary.txt").read_text().startswith("only ")
-    assert [p.name for p in gpu.parts(tmp_path)] == ["only"]
+    assert [p.name for p in gpu.parts(tmp_path, None)] == ["only"]

@@ -8,15 +8,17 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import compile_gate
 from benchmarks.compile_gate import occupancy
-from benchmarks.kernel_cases import CASES, select
+from benchmarks.kernel_cases import CASES, results, select, upstream, wanted
 from benchmarks.paper_gpu import TARGETS, paper_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +37,9 @@ def test_the_table_of_a_kernel_on_four_targets(tmp_path):
         assert column in lines[0].split()
     with (tmp_path / "gate.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(lines) - 2 and lines[-1] == f"{len(rows)} kernels, 0 broken budgets"
+    version = rows[0]["triton"]
+    assert version[0].isdigit() and lines[-1] == f"{len(rows)} kernels compiled by Triton {version}, 0 broken budgets"
+    assert len(rows) == len(lines) - 2 and max(map(len, lines)) <= 160
     for target in TARGETS:
         for dtype in ("float32", "bfloat16", "float16"):
             kernels = {row["kernel"] for row in rows if (row["target"], row["dtype"]) == (target, dtype)}
@@ -174,6 +178,63 @@ def test_a_kernel_that_does_not_compile_hides_no_other(broken):
     assert broken["meaningless"]["rows"] == 2
 
 
+CRASHES = """
+import os, signal, sys
+import torch
+from benchmarks import compile_gate
+from benchmarks.kernel_cases import Case
+from nanotrain.kernels.runtime import jit, launch, tl, triton
+
+
+@jit
+def _plain_kernel(x, BLOCK: tl.constexpr):
+    tl.store(x + tl.arange(0, BLOCK), 1)
+
+
+@jit
+def _deadly_kernel(x, BLOCK: tl.constexpr):
+    tl.store(x + tl.arange(0, BLOCK), 2)
+
+
+def crash(function, *arguments, **options):
+    if function is _deadly_kernel and options["BLOCK"] == 32:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return run(function, *arguments, **options)
+
+
+def call(inputs, impl):
+    launch(_plain_kernel, (1,), inputs["x"], BLOCK=len(inputs["x"]))
+    launch(_deadly_kernel, (1,), inputs["x"], BLOCK=len(inputs["x"]))
+
+
+run = triton.JITFunction.run
+triton.JITFunction.run = crash
+compile_gate.CASES = [Case("deadly", "none", (), lambda shape, dtype, device: {"x": torch.empty(shape, device=device)}, call, None)]
+if __name__ == "__main__":
+    calls = [(0, (size,), torch.float32, "sm_90") for size in (16, 32, 64)]
+    sys.exit(compile_gate.report(compile_gate.compile_calls(calls, workers=1)))
+elif len(sys.argv) > 1:
+    sys.exit(3)
+"""
+
+
+def test_a_crash_of_the_compiler_is_a_row_and_hides_no_other_call(tmp_path):
+    """The crash takes a process that compiles with it, as LLVM's do; with an argument such a process does not even begin."""
+    (tmp_path / "crashes.py").write_text(CRASHES)
+    done = run(tmp_path / "crashes.py", PYTHONPATH=str(ROOT))
+    assert done.returncode == 1, done.stderr
+    *table, reason, last = done.stdout.splitlines()
+    assert [(line.split()[0], line.split()[9]) for line in table[1:]] == [
+        ("plain", "BLOCK=16"), ("deadly", "BLOCK=16"), ("deadly", "BLOCK=32"), ("plain", "BLOCK=64"), ("deadly", "BLOCK=64"),
+    ]  # fmt: skip
+    assert reason == (
+        "compile_gate: _deadly_kernel (deadly, BLOCK=32, float32, sm_90, shape 32): does not compile: it ends the compiler's process (SIGSEGV)"
+    )
+    assert last.startswith("5 kernels") and last.endswith("1 broken budgets")
+    done = run(tmp_path / "crashes.py", "now", PYTHONPATH=str(ROOT))
+    assert done.returncode == 1 and "RuntimeError: a process for the compiler ended before it began (exit status 3)" in done.stderr
+
+
 def test_the_signature_is_the_launchers(broken):
     """An odd width, and an x that begins off a multiple of 16 bytes, are other specializations of the same configuration."""
     aligned, odd, shifted = broken["specializations"]
@@ -231,6 +292,8 @@ def test_every_shape_of_what_has_changed(tmp_path, monkeypatch):
     for name in ("runtime", "random", "norm", "gated"):
         (tmp_path / "kernels" / f"{name}.py").write_text("")
     (tmp_path / "kernels" / "dropout.py").write_text("from nanotrain.kernels.random import philox\n")
+    (tmp_path / "kernels" / "block.py").write_text("from nanotrain.kernels.dropout import dropout_add\n")
+    (tmp_path / "kernels" / "norm.py").write_text("from nanotrain.kernels.runtime import jit\n")
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "all")
@@ -240,11 +303,17 @@ def test_every_shape_of_what_has_changed(tmp_path, monkeypatch):
     (tmp_path / "kernels" / "embedding.py").write_text("# not yet tracked\n")
     assert compile_gate.changed_modules() == {"gated", "embedding"}
     (tmp_path / "kernels" / "random.py").write_text("# used by dropout\n")
-    (tmp_path / "kernels" / "runtime.py").write_text("# used by all\n")
-    assert compile_gate.changed_modules() == {"gated", "embedding", "random", "dropout"}
+    (tmp_path / "kernels" / "cpu.py").write_text("# for CPUs\n")
+    assert compile_gate.changed_modules() == {"gated", "embedding", "random", "dropout", "block"}
     git("update-ref", "refs/remotes/origin/main", "HEAD~1")
     git("commit", "-qam", "random")
-    assert "gated" in compile_gate.changed_modules()
+    assert "gated" in compile_gate.changed_modules() and "norm" not in compile_gate.changed_modules()
+    (tmp_path / "kernels" / "runtime.py").write_text("# used by all\n")
+    assert "norm" in compile_gate.changed_modules()
+    git("checkout", "-q", "--", ".")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "kernel_cases.py").write_text("# other shapes\n")
+    assert {case.module for case in CASES} <= compile_gate.changed_modules()
 
 
 def test_cases_name_what_there_is():
@@ -252,3 +321,47 @@ def test_cases_name_what_there_is():
         assert (ROOT / "kernels" / f"{case.module}.py").is_file(), case.title
     titles = [case.title for case in CASES]
     assert len(titles) == len(set(titles))
+
+
+def test_what_is_always_compiled_reaches_every_kernel(monkeypatch):
+    """In every dtype in which the other shapes reach it, and every kernel that there is."""
+    reached = set()
+
+    def launched(kernel, *arguments, **options):
+        reached.add((kernel.__name__, str(dtype)))
+
+    for module in {case.module for case in CASES}:
+        monkeypatch.setattr(f"nanotrain.kernels.{module}.launch", launched)
+    for always in (True, False):
+        for case in CASES:
+            for shape in case.shapes[: case.always] if always else case.shapes[case.always :]:
+                for dtype in case.dtypes:
+                    inputs = case.make(shape, dtype, "meta")
+                    outputs = [x for x in results(case.call(inputs, "triton")) if x.requires_grad]
+                    if outputs:
+                        torch.autograd.grad(outputs, wanted(inputs), upstream(outputs))
+        if always:
+            first = set(reached)
+    assert first == reached
+    written = {name for path in (ROOT / "kernels").glob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)}
+    assert {name for name, _ in first} == written
+
+
+def test_the_bytes_of_embedding_are_of_rows_that_occur():
+    case = next(case for case in CASES if case.name == "embedding")
+    tokens, vocabulary, width = shape = (20000, 5000, 8)
+    torch.manual_seed(0)
+    occurring = len(case.make(shape, torch.float32, "cpu")["tokens"].unique())
+    assert occurring < 0.9 * vocabulary
+    assert case.cost(shape, torch.float32)[0] == pytest.approx(4 * width * (occurring + tokens) + 8 * tokens, rel=0.005)
+
+
+def test_torchs_orthogonalisation_is_the_same_kind_of_matrix(monkeypatch):
+    """In fp32 here: what it is on a GPU's bf16 is not compared, as its coefficients are others."""
+    case = next(case for case in CASES if case.name == "orthogonalize")
+    assert set(case.unlike) <= case.peers.keys()
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    matrices = torch.randn(3, 24, 60)
+    for matrix, found in zip(matrices, case.peers["torch.optim"]()({"matrices": matrices}), strict=True):
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        assert (left.T @ found @ right.T - torch.eye(24)).abs().max() < 0.4

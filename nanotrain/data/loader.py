@@ -35,7 +35,7 @@ class Batch:
     counted: int
     """Labels that count."""
     max_position: int
-    """Largest position plus one."""
+    """More than any position: the length of a row, in every batch, so that RoPE's tables and their stretch are the same in all steps."""
 
 
 def permuted(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
@@ -103,5 +103,5 @@ class Loader:
         return Batch(
             tensor(tokens.reshape(1, -1)), tensor(labels), tensor(positions[None]), tensor(cu_seqlens, torch.int32),
             tensor(counters.reshape(1, -1)), tensor(counted) if on_host and len(counted) < 0.9 * labels.size else None,
-            len(counted), int(lengths.max()),
+            len(counted), length,
         )  # fmt: skip

@@ -192,7 +192,7 @@ class Training:
         self.step = lambda batches, factor: step(self.model, self.optimizer, batches, factor, c.run.seed)
         if c.train.cuda_graph:
             self.optimizer.keep_gradients = True
-            self.step = CapturedStep(self.step, c.train.length)
+            self.step = CapturedStep(self.step, lambda: self.model.rotary_tables(c.train.length, device))
 
     def announce(self) -> None:
         """Before anything large is made: model, data, batch, what linear scaling would suggest, and the memory plan."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ SIX = {
     "_adafactor_apply_kernel": 1,
 }  # fmt: skip
 
-KINDS = ("fp32", "fp16", "bf16", "rounded")
-"""fp32; fp16 and bf16 with masters; bf16 rounded stochastically."""
+KINDS = ("fp32", "fp16", "bf16", "rounded", "narrow")
+"""fp32; fp16 and bf16 with masters; bf16 rounded stochastically, with fp32 moments and with bf16 ones."""
 
 TILES = ((66, 136), (9000,))
 """More than a tile in each direction, whose rows start at multiples of 16 bytes; more than a tile of what is no matrix."""
@@ -32,7 +33,8 @@ class Call:
         dtype = {"fp32": wide, "fp16": torch.float16}.get(kind, torch.bfloat16)
 
         def moment(shape, n):
-            return place(torch.zeros(shape, device=DEVICE, dtype=wide) if fresh else values(shape, seed + n).square().to(wide))
+            kept = torch.bfloat16 if kind == "narrow" else wide
+            return place((torch.zeros(shape, device=DEVICE) if fresh else values(shape, seed + n).square()).to(kept))
 
         start = [values(shape, seed + n) for n, shape in enumerate(shapes)]
         self.params = [place(p.to(dtype)) for p in start]
@@ -40,7 +42,7 @@ class Call:
         sides = ([moment(s[side : side + 1], n) if len(s) == 2 else None for n, s in enumerate(shapes)] for side in (0, 1))
         self.moments = [*sides, [None if len(s) == 2 else moment(s, n) for n, s in enumerate(shapes)]]
         self.masters = [place(p.to(wide)) for p in start] if kind in ("fp16", "bf16") else None
-        rounded = dict(seed=7, counter_starts=[(1 << 33) + 100_000 * n for n in range(len(shapes))]) if kind == "rounded" else {}
+        rounded = dict(seed=7, counter_starts=[(1 << 33) + 100_000 * n for n in range(len(shapes))]) if kind in ("rounded", "narrow") else {}
         numbers = dict(lr=0.3, step=1 if fresh else 3, eps=(1e-2, 0.3), clip_threshold=0.7, grad_scale=0.5, weight_decay=0.125)
         self.options = numbers | rounded | options
 
@@ -64,7 +66,8 @@ def compare(shapes, kind, seed=0, layout="contiguous", **options):
     """A step of the kernels is as near to float64 as one of the reference, and writes nothing out of bounds."""
     call, same = Call(shapes, kind, seed, layout, **options), Call(shapes, kind, seed, layout, **options)
     exact = Call(shapes, "fp32", seed, wide=torch.float64, **options)
-    for theirs, mine in zip([*exact.grads, *exact.params], [*call.grads, *(call.masters or call.params)], strict=True):
+    starts = (*call.grads, *(call.masters or call.params), *(m for m in chain(*call.moments) if m is not None))
+    for theirs, mine in zip((*exact.grads, *exact.params, *(m for m in chain(*exact.moments) if m is not None)), starts, strict=True):
         theirs.copy_(mine)
     before = Counter(launches)
     with poisoned():
@@ -187,8 +190,10 @@ def test_bad_arguments_are_named():
         adafactor_(call.params, call.grads[:1], *call.moments, lr=0.1, step=1)
     with pytest.raises(ValueError, match="shapes of grads"):
         adafactor_(call.params, call.grads[::-1], *call.moments, lr=0.1, step=1)
-    with pytest.raises(ValueError, match=r"must be torch\.float32, not torch\.bfloat16"):
-        adafactor_(call.params, call.grads, row, col, [None, variance[1].bfloat16()], lr=0.1, step=1)
+    with pytest.raises(ValueError, match=r"must be torch\.float32, or moments bfloat16, not torch\.float64"):
+        adafactor_(call.params, call.grads, row, col, [None, variance[1].double()], lr=0.1, step=1)
+    with pytest.raises(ValueError, match=r"of one matrix must be of one dtype"):
+        adafactor_(call.params, call.grads, row, [col[0].bfloat16(), None], variance, lr=0.1, step=1)
     for kind, seed in (("fp16", 1), ("bf16", None)):
         narrow = Call(((3, 4),), kind)
         narrow.masters = None
@@ -214,7 +219,7 @@ def test_offsets_past_2_to_the_31():
     """Both ends of a matrix of 2.3e9 elements move as those of a small one with the same rows."""
     rows, width = 70_000, 32_768
     small, call = Call(((2, width),), "rounded"), Call(((2, width),), "rounded")
-    large = [t[0][None, :1].expand(1, 1).new_empty(rows, width) for t in (call.params, call.grads)]
+    large = [t[0].new_empty(rows, width) for t in (call.params, call.grads)]
     for big, little in zip(large, (call.params[0], call.grads[0]), strict=True):
         big.view(rows // 2, 2, width).copy_(little)
     call.params, call.grads, call.moments[0] = [large[0]], [large[1]], [call.moments[0][0].repeat(rows // 2)]

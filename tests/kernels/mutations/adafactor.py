@@ -14,7 +14,7 @@ MUTATIONS = [
     ("adafactor_", "first + part * count + index[None, :], (part < parts) & mask[None, :]", "first + part * count + index[None, :], (part <= parts) & mask[None, :]"),
     ("adafactor_", "        size = tl.where(tl.load(found) != 0, 0, size)\n", "        size = tl.where(tl.load(found) != 0, size, size)\n"),
     ("adafactor_", "    inside = ((top + ROWS) * width <= limit) & (left + COLUMNS <= width)", "    inside = ((top + ROWS) * width <= limit) & (left < width)"),
-    ("adafactor_", "v = read(first, line, line * width < limit, \"float32\", False) * columns", "v = read(first, line, line * width < limit, \"float32\", False)"),
+    ("adafactor_", "v = read(first, line, line * width < limit, MOMENT, False) * columns", "v = read(first, line, line * width < limit, MOMENT, False)"),
     ("adafactor_", "    pace = tl.minimum(rate, tl.rsqrt(tl.load(step).to(tl.float32)))", "    pace = tl.minimum(rate, 1.0)"),
     ("adafactor_", " / tl.maximum(updates / clip_threshold, 1.0)\n", " / tl.maximum(updates, clip_threshold)\n"),
     ("adafactor_", "    rate = tl.load(lr).to(tl.float32) * number(row + 10)", "    rate = tl.load(lr).to(tl.float32)"),
