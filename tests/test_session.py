@@ -202,13 +202,18 @@ def test_the_memory_plan_is_near_what_is_measured(data, tmp_path, dtype, shape):
     """In a process of its own. What libraries bring in with the first step (some 60 MiB) and keep for themselves is not planned: that is
     what the plan's quarter of free memory is for."""
     width, rows, length = shape
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "nanotrain", "pretrain", f"--data.dir={data}", f"--run.dir={tmp_path}/r", "--train.steps=1", f"--model.width={width}",
          "--model.layers=4", "--model.heads=8", f"--train.micro_batch={rows}", f"--train.length={length}", f"--train.dtype={dtype}",
          "--optim.name=adamw", "--run.device=cpu"],
-        capture_output=True, text=True, timeout=600,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    started = time.monotonic()
+    while process.poll() is None and not ((tmp_path / "r/events.jsonl").exists() and events(tmp_path / "r", "memory")):
+        assert time.monotonic() - started < 900
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # the validation at the end would take most of the time, on a CPU without bf16 minutes
+    assert process.wait(120) == 0, process.stderr.read()
     (event,) = events(tmp_path / "r", "memory")
     measured, planned = event["measured_bytes"] - (60 << 20), event["planned_bytes"]
     assert 0.75 < measured / planned < 1 / 0.75, event
