@@ -333,12 +333,14 @@ class _Triton(torch.autograd.Function):
         y, total, means, inverses = _forward(x, weight, bias, eps, offset, residual, centred)
         ctx.save_for_backward(total, weight, means, inverses)
         ctx.offset, ctx.has_bias, ctx.has_residual = offset, bias is not None, residual is not None
+        ctx.set_materialize_grads(False)  # a sum that nothing uses, as after a norm at a block's end, needs no zeros to be read
         return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_total=None):
         x, weight, means, inverses = ctx.saved_tensors
+        grad = torch.zeros_like(grad_total) if grad is None else grad
         grad_x, grad_weight, grad_bias = _backward(grad, grad_total, x, weight, means, inverses, ctx.offset, ctx.has_bias)
         grad_x = grad_x.view(grad.shape)
         return grad_x, grad_weight, grad_bias, None, None, grad_x if ctx.has_residual else None, None

@@ -60,6 +60,12 @@ def test_many_dimensions_and_none():
     compare("layer_bias", place(values((9,), 1)), None)
 
 
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_of_two_results_alone(used):
+    tensors, weight = {"x": place(values((5, 24), 1)), "residual": place(values((5, 24), 3))}, place(values((24,), 2))
+    check(lambda **t: rms_norm(weight=weight, **t, impl="triton")[used], lambda **t: rms_norm_reference(weight=weight, **t)[used], tensors, NARROW)
+
+
 def test_a_weight_of_another_dtype():
     x, weight = place(values((4, 24), 1, torch.float16)), place(values((24,), 2))
     check(lambda **t: rms_norm(**t, impl="triton"), rms_norm_reference, {"x": x, "weight": weight}, NARROW)
