@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from nanotrain import quickstart as stage
 from nanotrain.__main__ import main
 from tests.conftest import TINY
 from tests.stages.test_pretrain import events
@@ -53,3 +54,14 @@ def test_mistakes_stop_it_before_anything_is_prepared(corpus, tmp_path, capsys, 
     more = (flag, "--model.kv_heads=2") if "heads" in flag else (flag,)
     assert quickstart(corpus, tmp_path, "--train.steps=4", *more) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("served,flags,dtype", [(True, [], "bfloat16"), (False, [], "float32"), (False, ["--train.dtype=bfloat16"], "bfloat16")])
+def test_a_processor_without_bf16_trains_in_fp32_unless_told_otherwise(monkeypatch, served, flags, dtype):
+    def resolve(config, given):
+        raise ValueError(config.train.dtype)
+
+    monkeypatch.setattr(stage, "_multiplies_bf16", lambda: served)
+    monkeypatch.setattr(stage.pretrain, "resolve", resolve)
+    with pytest.raises(ValueError, match=f"^{dtype}$"):
+        stage.main(["--run.device=cpu", *flags])
