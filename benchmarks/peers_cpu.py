@@ -25,10 +25,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.common import interleaved, quantiles, ratios, write_rows
 from benchmarks.plain import PlainLoop
+from benchmarks.transformers_loop import TransformersLoop, torch_adamw
 from nanotrain.data.loader import Batch
 from nanotrain.losses import IGNORED
 from nanotrain.memory import PeakMemory, format_bytes, keep_freed_memory
-from nanotrain.model.build import build_model, initial_value, meta_model, parameter_count
+from nanotrain.model.build import build_model, parameter_count
 from nanotrain.model.transformer import ModelConfig
 from nanotrain.optim import OptimConfig, Optimizer
 from nanotrain.stages import pretrain
@@ -68,6 +69,7 @@ class Task:
         return Batch(
             tokens.view(1, -1), labels.view(1, -1), torch.arange(self.length).repeat(rows)[None],
             torch.arange(0, N + 1, self.length, dtype=torch.int32), torch.arange(N)[None], None, N - rows, self.length,
+            (self.length,) * rows,
         )  # fmt: skip
 
 
@@ -92,62 +94,25 @@ class Ours:
         self.optimizer.step = _marked("optimizer", self.optimizer.step)
 
 
-def torch_adamw(parameters) -> torch.optim.AdamW:
-    """torch's fused AdamW with the settings of OPTIM, matrices decayed."""
-    parameters = list(parameters)
-    groups = [dict(params=[p for p in parameters if p.dim() == 2], weight_decay=OPTIM.weight_decay),
-              dict(params=[p for p in parameters if p.dim() != 2], weight_decay=0.0)]  # fmt: skip
-    return torch.optim.AdamW(groups, lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, fused=True)
-
-
 class Transformers:
-    """LlamaForCausalLM in the loop that its documentation shows, with autocast and clipping."""
+    """LlamaForCausalLM in the loop that its documentation shows."""
 
     keeps_memory = False
 
-    NAMES = (("embed.", "model.embed_tokens."), ("blocks.", "model.layers."), ("attention.", "self_attn."), ("attention_norm", "input_layernorm"),
-             ("mlp_norm", "post_attention_layernorm"), ("head.norm", "model.norm"), ("head.weight", "lm_head.weight"))  # fmt: skip
-    """Parts of our parameters' names, and of theirs."""
-
     def __init__(self, task: Task):
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        self.task, self.cursor, c = task, 0, task.c
-        self.model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.ffn_width, num_hidden_layers=c.layers,
-            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, max_position_embeddings=c.context, rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=c.tied, use_cache=False, attn_implementation="sdpa",
-        )).train()  # fmt: skip
-        theirs = dict(self.model.named_parameters())
-        for name, p in meta_model(c).named_parameters():
-            other = name
-            for mine, their in self.NAMES:
-                other = other.replace(mine, their)
-            with torch.no_grad():
-                theirs.pop(other).copy_(initial_value(name, p.shape, c, 0).to(task.dtype))
-        if theirs:
-            raise ValueError(f"peers_cpu: transformers' model has parameters that ours lacks: {', '.join(theirs)}")
-        self.optimizer = torch_adamw(self.model.parameters())
+        self.task, self.cursor = task, 0
+        self.loop = TransformersLoop(task.c, OPTIM, task.dtype, "cpu")
+        self.model = self.loop.model
 
     def step(self) -> float:
         """One step; returns the loss."""
         tokens = self.task.batch(self.cursor, self.task.rows).tokens_BT.view(self.task.rows, -1)
         self.cursor += self.task.rows
-        with torch.autocast("cpu", self.task.dtype, enabled=self.task.dtype != torch.float32):
-            loss = self.model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        self.update()
-        return loss.item()
-
-    def update(self) -> None:
-        """Clip, step, and clear the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIM.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        return self.loop.step(tokens)
 
     def mark(self) -> None:
         """Have a profile name what belongs to the optimizer."""
-        self.update = _marked("optimizer", self.update)
+        self.loop.update = _marked("optimizer", self.loop.update)
 
 
 class Plain(PlainLoop):
@@ -157,7 +122,7 @@ class Plain(PlainLoop):
 
     def __init__(self, task: Task):
         super().__init__(build_model(task.c, seed=0, dtype=task.dtype, device="cpu"), task.dtype, task, task.rows)
-        self.optimizers, self.peaks = [torch_adamw(self.w.values())], [OPTIM.lr]
+        self.optimizers, self.peaks = [torch_adamw(self.w.values(), OPTIM)], [OPTIM.lr]
 
 
 CONTESTANTS = {"ours": Ours, "transformers": Transformers, "plain": Plain}

@@ -42,6 +42,7 @@ import torch
 from benchmarks.common import RESULTS, interleaved, quantiles
 from benchmarks.kernels import Table, command, machine, stamp, stamped
 from benchmarks.roofline import board
+from benchmarks.transformers_loop import TransformersLoop
 from nanotrain import optim
 from nanotrain.data.loader import Batch
 from nanotrain.environment import peak_flops
@@ -50,8 +51,6 @@ from nanotrain.losses import IGNORED
 from nanotrain.memory import PeakMemory, format_bytes, is_out_of_memory
 from nanotrain.model import transformer
 from nanotrain.model.build import build_model, parameter_count
-from nanotrain.model.families import hf_config
-from nanotrain.model.hf import places
 from nanotrain.model.linear import Linear
 from nanotrain.model.transformer import ModelConfig
 from nanotrain.optim import OptimConfig, Optimizer
@@ -103,7 +102,7 @@ class Task:
             tokens.view(1, -1), labels.view(1, -1), torch.arange(self.length).repeat(self.rows)[None],
             torch.arange(0, N + 1, self.length, dtype=torch.int32), torch.arange(N)[None],
         )  # fmt: skip
-        return Batch(*(t.to(self.device) for t in tensors), None, N - self.rows, self.length)
+        return Batch(*(t.to(self.device) for t in tensors), None, N - self.rows, self.length, (self.length,) * self.rows)
 
     def utilisation(self, seconds: float) -> dict[str, float | str]:
         """Share of the GPU's bf16 peak by each way of counting FLOPs; empty where the peak is unknown."""
@@ -151,56 +150,21 @@ class Ours:
 
 
 class Transformers:
-    """The same model in transformers, in the loop that its documentation shows, with autocast and clipping."""
+    """transformers on the batches of a task."""
 
     def __init__(self, task: Task, liger: bool = False):
-        """ImportError where a package is not installed, or liger-kernel has nothing for this model."""
-        config = hf_config(task.c)
-        family = config.pop("model_type")
-        if liger:
-            import liger_kernel.transformers
-
-            apply = getattr(liger_kernel.transformers, f"apply_liger_kernel_to_{family}", None)
-            if apply is None:
-                raise ImportError(f"liger-kernel has nothing for {family}")
-            apply()
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.for_model(family, **config, use_cache=False)
-        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
-        self.device, self.dtype = torch.device(task.device), task.dtype
-        ours = build_model(task.c, seed=0, dtype=task.dtype, device="cpu")
-        with self.device:
-            self.model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).train()
-        theirs = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, parts in places(ours, family).items():
-                theirs.pop(name).copy_(torch.cat(parts, -1))
-        if theirs:
-            raise ValueError(f"transformers' model has parameters that ours lacks: {', '.join(theirs)}")
-        matrices, rest = ([p for p in self.model.parameters() if (p.dim() == 2) == wanted] for wanted in (True, False))
-        groups = [dict(params=matrices, weight_decay=OPTIM.weight_decay), dict(params=rest, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, fused=True)
+        """ImportError as TransformersLoop has it."""
+        self.loop = TransformersLoop(task.c, OPTIM, task.dtype, task.device, liger)
         self.batches, self.count = [task.batch(n).tokens_BT.view(task.rows, -1) for n in range(BATCHES)], 0
-        self.norm: torch.Tensor | None = None
 
     def step(self) -> float:
-        """One step; reading its loss waits for the device."""
-        tokens = self.batches[self.count % BATCHES]
+        """One step; the loss."""
         self.count += 1
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype != torch.float32):
-            loss = self.model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIM.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return self.loop.step(self.batches[(self.count - 1) % BATCHES])
 
     def gradient_norm(self) -> float:
         """Of the last step, before clipping."""
-        return self.norm.item()
+        return self.loop.norm.item()
 
 
 def serve(pipe, task: Task, liger: bool) -> None:

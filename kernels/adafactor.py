@@ -23,7 +23,20 @@ from itertools import chain
 
 import torch
 from nanotrain.kernels.cpu import dense
-from nanotrain.kernels.multi_tensor import by_dtype, locate, number, on_device, read, tensor_table, tile_map, write, write_stochastic
+from nanotrain.kernels.multi_tensor import (
+    allowed,
+    by_dtype,
+    each,
+    given,
+    locate,
+    number,
+    on_device,
+    read,
+    tensor_table,
+    tile_map,
+    write,
+    write_weight,
+)
 from nanotrain.kernels.random import stochastic_round
 from nanotrain.kernels.runtime import choose, compute_dtype, jit, launch, tl
 
@@ -115,22 +128,6 @@ def _places(row, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr)
 
 
 @jit
-def _allowed(size, found):
-    """The size, or 0 where the step is refused, so that nothing is written."""
-    if found is not None:
-        size = tl.where(tl.load(found) != 0, 0, size)
-    return size
-
-
-@jit
-def _scale(grad_scale):
-    scale = 1.0
-    if grad_scale is not None:
-        scale = tl.load(grad_scale).to(tl.float32)
-    return scale
-
-
-@jit
 def _mix(step, beta2_decay):
     """step^beta2_decay, the weight of the new square."""
     return tl.exp2(tl.log2(tl.load(step).to(tl.float32)) * beta2_decay)
@@ -157,7 +154,7 @@ def _adafactor_sums_kernel(
     row = table + tensor * 12
     weight, grad, moment = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     size, width, rows, factored, column_tiles, by_row, by_column, _, sums = _places(row, ROWS, COLUMNS, CHUNK)
-    limit, scale, mix = _allowed(size, found), _scale(grad_scale), _mix(step, beta2_decay)
+    limit, scale, mix = allowed(size, found), given(grad_scale, 1.0, tl.float32), _mix(step, beta2_decay)
     top, left = tile // column_tiles * ROWS, tile % column_tiles * COLUMNS
     by_row = scratch + by_row + tile % column_tiles * rows
     by_column = scratch + by_column + tile // column_tiles * width
@@ -219,7 +216,7 @@ def _adafactor_moments_kernel(
     length = tl.where(along, width, rows).to(tl.float32)
     first = scratch + tl.where(along, by_row, by_column)
     index = tl.where(along, chunk, chunk - tl.cdiv(rows, CHUNK)) * CHUNK + tl.arange(0, CHUNK)
-    mask = index < tl.minimum(count, _allowed(size, found))
+    mask = index < tl.minimum(count, allowed(size, found))
     total = tl.zeros((PARTS, CHUNK), tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)[:, None]
@@ -259,10 +256,10 @@ def _adafactor_norms_kernel(
     row = table + tensor * 12
     grad, first, second = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     size, width, rows, factored, column_tiles, _, _, _, sums = _places(row, ROWS, COLUMNS, CHUNK)
-    limit = _allowed(size, found)
+    limit = allowed(size, found)
     top, left = tile // column_tiles * ROWS, tile % column_tiles * COLUMNS
     mean = tl.maximum(tl.load(scratch + tensor * 3) / rows.to(tl.float32), eps1)
-    numbers = (top, left, limit, width, factored, _scale(grad_scale), mean, least)
+    numbers = (top, left, limit, width, factored, given(grad_scale, 1.0, tl.float32), mean, least)
     if _whole(grad | first, top, left, limit, width, ROWS, COLUMNS):
         total = _norm_tile(grad, first, second, numbers, DTYPES, ROWS, COLUMNS, BLOCK, True)
     else:
@@ -316,7 +313,7 @@ def _adafactor_apply_kernel(
     row = table + tensor * 12
     weight, grad, first, second, param = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
     size, width, rows, factored, column_tiles, _, _, _, _ = _places(row, ROWS, COLUMNS, CHUNK)
-    limit = _allowed(size, found)
+    limit = allowed(size, found)
     top, left = tile // column_tiles * ROWS, tile % column_tiles * COLUMNS
     total = scratch + tensor * 3
     mean = tl.maximum(tl.load(total) / rows.to(tl.float32), eps1)
@@ -325,11 +322,9 @@ def _adafactor_apply_kernel(
     rate = tl.load(lr).to(tl.float32) * number(row + 10)
     decay = rate * number(row + 11)
     pace = tl.minimum(rate, tl.rsqrt(tl.load(step).to(tl.float32))) * tl.maximum(weights, eps2) / tl.maximum(updates / clip_threshold, 1.0)
-    noise = 0
-    if seed is not None:
-        noise = tl.load(seed)
     addresses = (weight, grad, first, second, param)
-    numbers = (top, left, limit, width, factored, _scale(grad_scale), mean, least, decay, pace, noise, tl.load(row + 8))
+    scale, noise, counter = given(grad_scale, 1.0, tl.float32), given(seed, 0, tl.int64), tl.load(row + 8)
+    numbers = (top, left, limit, width, factored, scale, mean, least, decay, pace, noise, counter)
     if _whole(weight | grad | first | param, top, left, limit, width, ROWS, COLUMNS):
         _apply_tile(addresses, numbers, DTYPES, HAS_MASTERS, ROWS, COLUMNS, BLOCK, True)
     else:
@@ -355,12 +350,7 @@ def _apply_tile(
         index, mask, update = _update(grad, moments, line, column, limit, width, factored, scale, least, DTYPES, WHOLE)
         w = read(weight, index, mask, WEIGHT, WHOLE)
         w -= decay * w + pace * update
-        if WEIGHT == "bfloat16":
-            write_stochastic(weight, index, w, mask, noise, counter, WHOLE)
-        else:
-            write(weight, index, w, mask, WEIGHT, WHOLE)
-        if HAS_MASTERS:
-            write(param, index, w, mask, PARAM, WHOLE)
+        write_weight(weight, param, index, w, mask, noise, counter, WEIGHT, PARAM, HAS_MASTERS, WHOLE)
 
 
 @lru_cache(maxsize=32)
@@ -388,7 +378,7 @@ def _triton(
     least = max(eps1 * eps1, torch.finfo(torch.float32).tiny)
     firsts, seconds = ([v if m is None else m for m, v in zip(moments, variances, strict=True)] for moments in (row_vars, col_vars))
     columns = (params if masters is None else masters, [dense(g) for g in grads], firsts, seconds, params)
-    counters, scales, decays = counter_starts or [0] * count, _each(lr_scales, count), _each(weight_decay, count)
+    counters, scales, decays = counter_starts or [0] * count, each(lr_scales, count), each(weight_decay, count)
     switches = dict(ROWS=_ROWS, COLUMNS=_COLUMNS, CHUNK=_CHUNK)
     for dtypes, indices in by_dtype(columns).items():
         indices = [i for i in indices if params[i].numel()]
@@ -412,11 +402,6 @@ def _triton(
         launch(_adafactor_totals_kernel, (len(indices), 1), table, scratch, FIRST=2, BLOCK=_TOTAL_BLOCK, **switches, num_warps=8)
         launch(_adafactor_apply_kernel, (len(tile),), table, tile, scratch, lr, step, scale, found, seed, eps1, least, float(eps[1]),
                float(clip_threshold), HAS_MASTERS=masters is not None, BLOCK=_TOGETHER, **types)  # fmt: skip
-
-
-def _each(numbers: Sequence[float] | float | None, count: int) -> Sequence[float]:
-    """A number for each tensor; None gives ones."""
-    return numbers if isinstance(numbers, Sequence) else [1.0 if numbers is None else numbers] * count
 
 
 def _check(params, grads, row_vars, col_vars, variances, masters, seed, counter_starts, weight_decay, lr_scales) -> list[torch.Tensor]:

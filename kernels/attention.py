@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from nanotrain.kernels.cpu import call
 from nanotrain.kernels.random import philox
-from nanotrain.kernels.runtime import choose, compute_dtype, on_gpu
+from nanotrain.kernels.runtime import choose, compute_dtype, on_gpu, pinned
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -254,11 +254,16 @@ def _places(lengths, order, padded, device):
     source = starts[document] + inside.minimum(lengths[order][document] - 1)
     real = (inside < lengths[order][document]).nonzero()[:, 0]
     slot = torch.empty_like(real).index_copy_(0, source[real], real)
-    return source.to(device), slot.to(device)
+    return tuple(pinned(places, device).to(device, non_blocking=True) for places in (source, slot))
 
 
-def _lengths(name, offsets, total):
-    """Lengths of the documents between offsets, which must run from 0 to total."""
+def _lengths(name, offsets, total, known=None):
+    """Lengths of the documents between offsets, which must run from 0 to total; where they are `known` nothing waits for the offsets."""
+    if known is not None:
+        if len(known) != len(offsets) - 1 or sum(known) != total:
+            fits = f"{name} of {len(offsets) - 1} documents, {total} tokens"
+            raise ValueError(f"flash_attention: {len(known)} lengths of {sum(known)} tokens do not fit {fits}")
+        return list(known)
     ends = offsets.tolist()
     lengths = [end - start for start, end in pairwise(ends)]
     if ends[:1] != [0] or ends[-1:] != [total] or min(lengths, default=-1) < 0:
@@ -268,7 +273,8 @@ def _lengths(name, offsets, total):
 
 def flash_attention_reference(
     q_BTHD, k_BSKD, v_BSKD, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
-    cu_seqlens=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False, impl="reference",
+    cu_seqlens=None, lengths=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False,
+    impl="reference",
 ):  # fmt: skip
     """Attention in plain PyTorch; packed documents of equal length share a batch. Another `impl` has C++ make the softmax where it can."""
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
@@ -278,9 +284,9 @@ def flash_attention_reference(
     if cu_seqlens is None:
         out, lse = _dense(q_BTHD, k_BSKD, v_BSKD, alibi_slopes=alibi_slopes, bias=bias, prefix_len=prefix_len, seed=seed, **common)
     else:
-        lengths_q = _lengths("cu_seqlens", cu_seqlens, q_BTHD.shape[1])
+        lengths_q = _lengths("cu_seqlens", cu_seqlens, q_BTHD.shape[1], lengths)
         S = k_BSKD.shape[1]
-        lengths_k = _lengths("cu_seqlens", cu_seqlens, S) if cu_seqlens_k is None else _lengths("cu_seqlens_k", cu_seqlens_k, S)
+        lengths_k = _lengths("cu_seqlens", cu_seqlens, S, lengths) if cu_seqlens_k is None else _lengths("cu_seqlens_k", cu_seqlens_k, S)
         if len(lengths_q) != len(lengths_k):
             raise ValueError(f"flash_attention: cu_seqlens has {len(lengths_q)} documents, cu_seqlens_k {len(lengths_k)}")
         longest = (max(lengths_q), max(lengths_k))
@@ -306,7 +312,9 @@ def flash_attention_reference(
         outs, lses, first_q, first_k = [], [], 0, 0
 
         def pick(value, documents, shared=0):  # the documents' own values, unless value has only dimensions that they share
-            return value[documents] if isinstance(value, torch.Tensor) and value.dim() > shared else value
+            if not isinstance(value, torch.Tensor) or value.dim() <= shared:
+                return value
+            return value[pinned(torch.tensor(documents), value.device).to(value.device, non_blocking=True)]
 
         for (t, s), documents in groups.items():
             n = len(documents)
@@ -326,7 +334,7 @@ def flash_attention_reference(
 
 
 def _library(q_BTHD, k_BSKD, v_BSKD, cu_seqlens, scale, window):
-    """Causal attention inside packed documents by the FlashAttention that torch ships: on a GPU the reference would read offsets on the host."""
+    """Causal attention inside packed documents by the FlashAttention that torch ships: its rows need no padding, and a CUDA graph can hold it."""
     from torch.nn.attention.varlen import varlen_attn  # seconds to import, and of no use on a CPU
 
     (_, T, H, _), K = q_BTHD.shape, k_BSKD.shape[2]
@@ -336,8 +344,8 @@ def _library(q_BTHD, k_BSKD, v_BSKD, cu_seqlens, scale, window):
 
 def flash_attention(
     q_BTHD, k_BSKD, v_BSKD, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
-    cu_seqlens=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False, deterministic=False,
-    impl="auto",
+    cu_seqlens=None, lengths=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False,
+    deterministic=False, impl="auto",
 ):  # fmt: skip
     """Attention of q (B, T, H, D) over k (B, S, K, D) and v (B, S, K, Dv); returns out (B, T, H, Dv) in q's dtype.
 
@@ -352,6 +360,7 @@ def flash_attention(
     prefix_len    int or (B,): the first keys are visible to every query (prefix LM; needs causal)
     cu_seqlens    (documents + 1,) int32 offsets of packed documents along T; B is 1; documents never see each other; `cu_seqlens_k` where
                   keys are cut elsewhere; B-shaped arguments then have one entry per document
+    lengths       of those documents, where the host knows them: then nothing waits for the device to read cu_seqlens
     q_start, k_start, head_start   global index of the first query (None: k_start + S - T), key and head held here
     dropout_p, seed   dropout of probabilities [0, 1); drawn from (seed, head, query, key), so it never depends on the layout;
                   seed: int, or int64 (B,), one per document with cu_seqlens
@@ -402,7 +411,7 @@ def flash_attention(
         return _library(q_BTHD, k_BSKD, v_BSKD, cu_seqlens, scale, window)
     return flash_attention_reference(
         q_BTHD, k_BSKD, v_BSKD, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, alibi_slopes=alibi_slopes,
-        bias=bias, prefix_len=prefix_len, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, q_start=q_start, k_start=k_start,
+        bias=bias, prefix_len=prefix_len, cu_seqlens=cu_seqlens, lengths=lengths, cu_seqlens_k=cu_seqlens_k, q_start=q_start, k_start=k_start,
         head_start=head_start, dropout_p=dropout_p, seed=seed, return_lse=return_lse, impl=impl,
     )  # fmt: skip
 

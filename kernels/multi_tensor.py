@@ -27,7 +27,7 @@ from itertools import chain
 
 import numpy as np
 import torch
-from nanotrain.kernels.runtime import jit, tl
+from nanotrain.kernels.runtime import jit, pinned, tl
 
 _TABLES, _MAPS = 32, 32
 """Tables and maps remembered, the last ones used: gradients take turns at a few sets of addresses."""
@@ -48,9 +48,7 @@ def _remembered(cache: OrderedDict[tuple, torch.Tensor], limit: int, key: tuple,
         if capturing:
             _captured.append(tensor)
         return tensor
-    host = torch.from_numpy(make())
-    if device.type == "cuda":
-        host = host.pin_memory()  # torch keeps the memory until the copy below is done
+    host = pinned(torch.from_numpy(make()), device)  # torch keeps the memory until the copy below is done
     tensor = host.to(device, non_blocking=True)
     if capturing:  # the copy is part of the graph: only a replay makes it, and makes it again
         _captured.append(host)
@@ -99,6 +97,11 @@ def by_dtype(columns: Sequence[Sequence[torch.Tensor]]) -> dict[tuple[str, ...],
     return {tuple(str(dtype).removeprefix("torch.") for dtype in dtypes): indices for dtypes, indices in groups.items()}
 
 
+def each(numbers: Sequence[float] | float | None, count: int) -> Sequence[float]:
+    """A number for each tensor, of one for all; None gives ones."""
+    return numbers if isinstance(numbers, Sequence) else [1.0 if numbers is None else numbers] * count
+
+
 def on_device(value, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
     """A number or 0-d tensor as a tensor on the device, without waiting for it, for kernels to load; None stays None.
 
@@ -120,6 +123,22 @@ def locate(tiles):
 def number(entry):
     """The fp32 number that stands at an entry of the table."""
     return tl.load(entry).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@jit
+def allowed(size, found):
+    """The size of a tensor, or 0 where the step is refused, so that nothing is written."""
+    if found is not None:
+        size = tl.where(tl.load(found) != 0, 0, size)
+    return size
+
+
+@jit
+def given(scalar, otherwise, DTYPE: tl.constexpr):
+    """A number that lies on the device, or `otherwise` where there is none."""
+    if scalar is not None:
+        otherwise = tl.load(scalar).to(DTYPE)
+    return otherwise
 
 
 @jit
@@ -194,3 +213,16 @@ def write_stochastic(address, offsets, values, mask, seed, counter, WHOLE: tl.co
     none = (index * 0).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, index.to(tl.uint32), (index >> 32).to(tl.uint32), none + 1, none)
     _store(_pointer(address, "bfloat16", WHOLE) + offsets, _top(values, word & 0xFFFF), mask, WHOLE)
+
+
+@jit
+def write_weight(
+    weight, param, offsets, values, mask, seed, counter, WEIGHT: tl.constexpr, PARAM: tl.constexpr, HAS_MASTERS: tl.constexpr, WHOLE: tl.constexpr
+):
+    """The new weights, rounded stochastically where they are bf16, and with masters the parameters' rounded copies of them."""
+    if WEIGHT == "bfloat16":
+        write_stochastic(weight, offsets, values, mask, seed, counter, WHOLE)
+    else:
+        write(weight, offsets, values, mask, WEIGHT, WHOLE)
+    if HAS_MASTERS:
+        write(param, offsets, values, mask, PARAM, WHOLE)

@@ -167,10 +167,7 @@ def _norm_backward_kernel(
     weight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     bias_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        row, inverse, mean = _load_statistics(means, inverses, first, rows, CENTRED, ROWS)
-        mask = (row < rows) & (column < width)
-        up = tl.load(grad + row * grad_stride + column, mask, 0.0).to(tl.float32)
-        unit = (tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32) - mean) * inverse
+        row, mask, inverse, up, unit = _load_tile(grad, x, means, inverses, grad_stride, x_stride, first, rows, column, width, CENTRED, ROWS)
         weight_sum += up * unit
         if HAS_BIAS:
             bias_sum += up
@@ -182,19 +179,34 @@ def _norm_backward_kernel(
         if HAS_TOTAL:
             change += tl.load(grad_total + row * grad_total_stride + column, mask, 0.0).to(tl.float32)
         tl.store(grad_x + row * width + column, change.to(grad_x.dtype.element_ty), mask)
-    place = tl.program_id(0).to(tl.int64) * width + tl.arange(0, BLOCK)
-    tl.store(sums + place, tl.sum(weight_sum, 0), tl.arange(0, BLOCK) < width)
-    if HAS_BIAS:
-        tl.store(bias_sums + place, tl.sum(bias_sum, 0), tl.arange(0, BLOCK) < width)
+    _store_sums(sums, bias_sums, weight_sum, bias_sum, tl.arange(0, BLOCK), width, HAS_BIAS)
 
 
 @jit
-def _load_statistics(means, inverses, first, rows, CENTRED: tl.constexpr, ROWS: tl.constexpr):
-    """(row, inverse, mean) of ROWS rows, each (ROWS, 1). Loaded by rows alone: in a tile's layout each thread would load them several times."""
+def _load_tile(
+    grad, x, means, inverses, grad_stride, x_stride, first, rows, column, width, CENTRED: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """(row, mask, inverse, upstream gradient, normalised x) of ROWS rows.
+
+    Their statistics are loaded by rows alone: in the tile's layout each thread would load them several times.
+    """
     row = first + tl.arange(0, ROWS).to(tl.int64)
-    inverse = tl.load(inverses + row, row < rows, 0.0)
-    mean = tl.load(means + row, row < rows, 0.0) if CENTRED else tl.zeros((ROWS,), tl.float32)
-    return row[:, None], inverse[:, None], mean[:, None]
+    inverse = tl.load(inverses + row, row < rows, 0.0)[:, None]
+    mean = tl.load(means + row, row < rows, 0.0)[:, None] if CENTRED else tl.zeros((ROWS, 1), tl.float32)
+    row = row[:, None]
+    mask = (row < rows) & (column < width)
+    up = tl.load(grad + row * grad_stride + column, mask, 0.0).to(tl.float32)
+    unit = (tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32) - mean) * inverse
+    return row, mask, inverse, up, unit
+
+
+@jit
+def _store_sums(sums, bias_sums, weight_sum, bias_sum, column, width, HAS_BIAS: tl.constexpr):
+    """This program's part of the gradients of weight and bias, at columns (BLOCK,)."""
+    place = tl.program_id(0).to(tl.int64) * width + column
+    tl.store(sums + place, tl.sum(weight_sum, 0), column < width)
+    if HAS_BIAS:
+        tl.store(bias_sums + place, tl.sum(bias_sum, 0), column < width)
 
 
 @jit
@@ -245,18 +257,11 @@ def _norm_weight_kernel(
     weight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     bias_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        row, inverse, mean = _load_statistics(means, inverses, first, rows, CENTRED, ROWS)
-        mask = (row < rows) & (column < width)
-        up = tl.load(grad + row * grad_stride + column, mask, 0.0).to(tl.float32)
-        unit = (tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32) - mean) * inverse
+        _, _, _, up, unit = _load_tile(grad, x, means, inverses, grad_stride, x_stride, first, rows, column, width, CENTRED, ROWS)
         weight_sum += up * unit
         if HAS_BIAS:
             bias_sum += up
-    place = tl.program_id(0).to(tl.int64) * width + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK) < width
-    tl.store(sums + place, tl.sum(weight_sum, 0), inside)
-    if HAS_BIAS:
-        tl.store(bias_sums + place, tl.sum(bias_sum, 0), inside)
+    _store_sums(sums, bias_sums, weight_sum, bias_sum, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), width, HAS_BIAS)
 
 
 WIDEST = 8192

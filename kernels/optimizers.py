@@ -20,7 +20,20 @@ from itertools import chain
 
 import torch
 from nanotrain.kernels.cpu import call, dense
-from nanotrain.kernels.multi_tensor import by_dtype, locate, number, on_device, read, tensor_table, tile_map, write, write_stochastic
+from nanotrain.kernels.multi_tensor import (
+    allowed,
+    by_dtype,
+    each,
+    given,
+    locate,
+    number,
+    on_device,
+    read,
+    tensor_table,
+    tile_map,
+    write,
+    write_weight,
+)
 from nanotrain.kernels.random import stochastic_round
 from nanotrain.kernels.runtime import choose, compute_dtype, has_kernel, jit, launch, tl
 
@@ -44,14 +57,9 @@ def _rates(lr, lr_scales, weight_decay, count: int) -> list[tuple[Sequence[int],
     if lr_scales is None and not isinstance(weight_decay, Sequence):
         return [(range(count), lr, weight_decay)]
     groups: dict[tuple[float, float], list[int]] = {}
-    for index, pair in enumerate(zip(_each(lr_scales, count), _each(weight_decay, count), strict=True)):
+    for index, pair in enumerate(zip(each(lr_scales, count), each(weight_decay, count), strict=True)):
         groups.setdefault(pair, []).append(index)
     return [(indices, lr * scale, decay) for (scale, decay), indices in groups.items()]
-
-
-def _each(numbers: Sequence[float] | float | None, count: int) -> Sequence[float]:
-    """A number for each tensor; None gives ones."""
-    return numbers if isinstance(numbers, Sequence) else [1.0 if numbers is None else numbers] * count
 
 
 def adamw_reference(
@@ -126,8 +134,8 @@ def _adamw_kernel(
     tensor, tile = locate(tiles)
     row = table + tensor * 9
     weight, grad, first, second, param = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-    size, counter = _size(row + 5, found), tl.load(row + 6)
-    scale, noise = _scale(grad_scale), _seed(seed)
+    size, counter = allowed(tl.load(row + 5), found), tl.load(row + 6)
+    scale, noise = given(grad_scale, 1.0, tl.float32), given(seed, 0, tl.int64)
     rate = tl.load(lr).to(tl.float32) * number(row + 7)
     decay = rate * number(row + 8)
     time = tl.load(step)
@@ -162,7 +170,7 @@ def _adamw_block(tensors, index, size, counter, noise, numbers, DTYPES: tl.const
     w -= decay * w + rate * m / (tl.sqrt(v) * spread + eps)
     write(first, index, m, mask, FIRST, WHOLE)
     write(second, index, v, mask, SECOND, WHOLE)
-    _write_weight(weight, param, index, w, mask, counter, noise, WEIGHT, PARAM, HAS_MASTERS, WHOLE)
+    write_weight(weight, param, index, w, mask, noise, counter, WEIGHT, PARAM, HAS_MASTERS, WHOLE)
 
 
 @jit
@@ -174,8 +182,8 @@ def _lion_kernel(
     tensor, tile = locate(tiles)
     row = table + tensor * 8
     weight, grad, first, param = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    size, counter = _size(row + 4, found), tl.load(row + 5)
-    scale, noise = _scale(grad_scale), _seed(seed)
+    size, counter = allowed(tl.load(row + 4), found), tl.load(row + 5)
+    scale, noise = given(grad_scale, 1.0, tl.float32), given(seed, 0, tl.int64)
     rate = tl.load(lr).to(tl.float32) * number(row + 6)
     decay = rate * number(row + 7)
     tensors = (weight, grad, first, param)
@@ -204,32 +212,7 @@ def _lion_block(tensors, index, size, counter, noise, numbers, DTYPES: tl.conste
     turn = beta1 * m + rest1 * g
     w -= decay * w + tl.where(turn > 0, rate, tl.where(turn < 0, -rate, 0.0))
     write(first, index, beta2 * m + rest2 * g, mask, FIRST, WHOLE)
-    _write_weight(weight, param, index, w, mask, counter, noise, WEIGHT, PARAM, HAS_MASTERS, WHOLE)
-
-
-@jit
-def _size(entry, found):
-    """Elements of the tensor; none where the step is refused, so that nothing is written."""
-    size = tl.load(entry)
-    if found is not None:
-        size = tl.where(tl.load(found) != 0, 0, size)
-    return size
-
-
-@jit
-def _scale(grad_scale):
-    scale = 1.0
-    if grad_scale is not None:
-        scale = tl.load(grad_scale).to(tl.float32)
-    return scale
-
-
-@jit
-def _seed(seed):
-    number = 0
-    if seed is not None:
-        number = tl.load(seed)
-    return number
+    write_weight(weight, param, index, w, mask, noise, counter, WEIGHT, PARAM, HAS_MASTERS, WHOLE)
 
 
 @jit
@@ -240,19 +223,6 @@ def _unbiased(time, log_beta):
     rounding log2 beta to fp32 costs is at most half of an fp32 rounding: y / (e^y - 1) <= 1 times that of y = time * ln(1 / beta).
     """
     return (1.0 - tl.exp2(time.to(tl.float64) * log_beta)).to(tl.float32)
-
-
-@jit
-def _write_weight(
-    weight, param, index, values, mask, counter, noise, WEIGHT: tl.constexpr, PARAM: tl.constexpr, HAS_MASTERS: tl.constexpr, WHOLE: tl.constexpr
-):
-    """The new weight, and with masters the parameter's rounded copy of it."""
-    if WEIGHT == "bfloat16":
-        write_stochastic(weight, index, values, mask, noise, counter, WHOLE)
-    else:
-        write(weight, index, values, mask, WEIGHT, WHOLE)
-    if HAS_MASTERS:
-        write(param, index, values, mask, PARAM, WHOLE)
 
 
 @jit
@@ -295,7 +265,7 @@ def _update(kernel, params, grads, moments, scalars, numbers, *, weight_decay, l
     scalars = [on_device(value, device) for value in (*scalars, found_nonfinite)]
     seed = on_device(seed if masters is None else None, device, torch.int64)
     columns = (params if masters is None else masters, _dense(grads), *moments, params)
-    counters, scales, decays = counter_starts or [0] * count, _each(lr_scales, count), _each(weight_decay, count)
+    counters, scales, decays = counter_starts or [0] * count, each(lr_scales, count), each(weight_decay, count)
     for dtypes, indices in by_dtype(columns).items():
         picked = [[column[i] for i in indices] for column in columns]
         sizes = [params[i].numel() for i in indices]

@@ -56,6 +56,11 @@ def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host from where `.to(device, non_blocking=True)` waits for nothing: pinned where the device is a GPU."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def has_kernel(*tensors: torch.Tensor) -> bool:
     """Whether Triton kernels serve the dtypes of these tensors: fp32, fp16 and bf16 (float64 is the references')."""
     return all(tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) for tensor in tensors)

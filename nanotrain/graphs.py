@@ -79,7 +79,7 @@ class CapturedStep:
             replace(
                 batch, tokens_BT=batch.tokens_BT.clone(), labels_BT=batch.labels_BT.clone(), positions_BT=batch.positions_BT.clone(),
                 counters_BT=batch.counters_BT.clone(), cu_seqlens=F.pad(batch.cu_seqlens, (0, documents - len(batch.cu_seqlens))), rows=None,
-                counted=torch.zeros((), dtype=torch.int64, device=device),
+                lengths=None, counted=torch.zeros((), dtype=torch.int64, device=device),
             )
             for batch in batches
         ]  # fmt: skip

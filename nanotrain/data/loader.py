@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from nanotrain.data.shards import TokenShards
+from nanotrain.kernels.runtime import pinned
 from nanotrain.losses import IGNORED
 
 
@@ -36,6 +37,8 @@ class Batch:
     """Labels that count."""
     max_position: int
     """More than any position: the length of a row, in every batch, so that RoPE's tables and their stretch are the same in all steps."""
+    lengths: tuple[int, ...] | None = None
+    """Of the documents [tokens], where the host is to know them too."""
 
 
 def permuted(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
@@ -97,11 +100,10 @@ class Loader:
         on_host = self.device.type == "cpu"
 
         def tensor(array, dtype=torch.int64):
-            t = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
-            return t if on_host else t.pin_memory().to(self.device, non_blocking=True)
+            return pinned(torch.from_numpy(np.ascontiguousarray(array)).to(dtype), self.device).to(self.device, non_blocking=True)
 
         return Batch(
             tensor(tokens.reshape(1, -1)), tensor(labels), tensor(positions[None]), tensor(cu_seqlens, torch.int32),
             tensor(counters.reshape(1, -1)), tensor(counted) if on_host and len(counted) < 0.9 * labels.size else None,
-            len(counted), length,
+            len(counted), length, tuple(lengths.tolist()),
         )  # fmt: skip

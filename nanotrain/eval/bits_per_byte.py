@@ -91,7 +91,7 @@ def _score_windows(model, windows: list[tuple[np.ndarray, int]], device: torch.d
     positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None].to(device)
     rows = torch.from_numpy(np.concatenate([np.arange(s + first - 1, s + n) for (_, first), s, n in zip(windows, starts, lengths, strict=False)]))
     cu_seqlens = torch.from_numpy(starts.astype(np.int32)).to(device)
-    hidden = model(tokens, positions, cu_seqlens=cu_seqlens, max_position=max(lengths))
+    hidden = model(tokens, positions, cu_seqlens=cu_seqlens, lengths=lengths, max_position=max(lengths))
     return float(model.head(hidden, labels, rows=rows.to(device))[0].double().sum())
 
 

@@ -90,7 +90,7 @@ class Prefill:
     """A forward over whole prompts, tokens (1, N) packed with `cu_seqlens` and `positions`."""
 
     def __init__(self, cache: Cache, first: int, lengths: list[int], device: torch.device):
-        self.cache, self.first, self.count = cache, first, len(lengths)
+        self.cache, self.first, self.lengths = cache, first, lengths
         counts = torch.tensor(lengths)
         ends = counts.cumsum(0)
         self.cu_seqlens = F.pad(ends, (1, 0)).to(device, torch.int32)
@@ -110,8 +110,8 @@ class Prefill:
         kept, cells = self._cells[size]
         for cells_held, new in zip(held, (k, v), strict=True):
             cells_held.flatten(0, 1).index_copy_(0, cells, new[0, kept])
-        cu_seqlens = None if self.count == 1 else self.cu_seqlens
-        return flash_attention(q, k, v, window=window, cu_seqlens=cu_seqlens, **options)
+        documents = {} if len(self.lengths) == 1 else dict(cu_seqlens=self.cu_seqlens, lengths=self.lengths)
+        return flash_attention(q, k, v, window=window, **documents, **options)
 
 
 class Decode:

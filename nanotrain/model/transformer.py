@@ -205,7 +205,7 @@ class Attention(nn.Module):
         self.options = dict(window=c.window if sliding else None, softcap=c.attention_softcap or None, scale=c.attention_scale or None)
         self.attend = flash_attention
 
-    def forward(self, x_BTC, positions_BT, rotary, cu_seqlens=None, dropout=None, cache=None):
+    def forward(self, x_BTC, positions_BT, rotary, documents=None, dropout=None, cache=None):
         c, (B, T, _) = self.c, x_BTC.shape
         # Heads are counted by the weights' shapes, not by the config: a shard holds its part of them.
         q, k, v = (y.view(B, T, -1, c.head_dim) for y in project((self.q_proj, self.k_proj, self.v_proj), x_BTC))
@@ -222,9 +222,9 @@ class Attention(nn.Module):
         if cache is not None:
             return self.o_proj(cache.attend(self.layer, q, k, v, **options).reshape(B, T, -1))
         if dropout is not None and c.dropout:
-            starts = dropout.counters_BT[:, 0] if cu_seqlens is None else dropout.counters_BT[0, cu_seqlens[:-1].long()]
+            starts = dropout.counters_BT[:, 0] if documents is None else dropout.counters_BT[0, documents["cu_seqlens"][:-1].long()]
             options.update(dropout_p=c.dropout, seed=mix_seed(dropout.seed, starts, self.layer))
-        out = self.attend(q, k, v, cu_seqlens=cu_seqlens, head_start=self.head_start, **options)
+        out = self.attend(q, k, v, head_start=self.head_start, **(documents or {}), **options)
         return self.o_proj(out.reshape(B, T, -1))
 
 
@@ -256,18 +256,18 @@ class Block(nn.Module):
         self.attention = Attention(c, layer)
         self.mlp = FeedForward(c)
 
-    def forward(self, x_BTC, positions_BT, rotary, cu_seqlens=None, dropout=None, cache=None):
+    def forward(self, x_BTC, positions_BT, rotary, documents=None, dropout=None, cache=None):
         recompute = torch.is_grad_enabled() and cache is None and self.c.recompute
         if recompute == "full":
-            return _recomputed(self._forward, x_BTC, positions_BT, rotary, cu_seqlens, dropout)
-        return self._forward(x_BTC, positions_BT, rotary, cu_seqlens, dropout, cache, recompute == "selective")
+            return _recomputed(self._forward, x_BTC, positions_BT, rotary, documents, dropout)
+        return self._forward(x_BTC, positions_BT, rotary, documents, dropout, cache, recompute == "selective")
 
-    def _forward(self, x, positions_BT, rotary, cu_seqlens, dropout, cache=None, recompute_mlp=False):
+    def _forward(self, x, positions_BT, rotary, documents, dropout, cache=None, recompute_mlp=False):
         mlp = (lambda h: _recomputed(self.mlp, h)) if recompute_mlp else self.mlp
         if self.c.norm_position == "post":
-            x = self._add(self.attention_norm, self.attention(x, positions_BT, rotary, cu_seqlens, dropout, cache), x, dropout, 0)[0]
+            x = self._add(self.attention_norm, self.attention(x, positions_BT, rotary, documents, dropout, cache), x, dropout, 0)[0]
             return self._add(self.mlp_norm, mlp(x), x, dropout, 1)[0]
-        attended = self.attention(self.attention_norm(x), positions_BT, rotary, cu_seqlens, dropout, cache)
+        attended = self.attention(self.attention_norm(x), positions_BT, rotary, documents, dropout, cache)
         normed, x = self._add(self.mlp_norm, self._after(self.attention_post_norm, attended), x, dropout, 0)
         return self._add(None, self._after(self.mlp_post_norm, mlp(normed)), x, dropout, 1)
 
@@ -336,10 +336,10 @@ class Transformer(nn.Module):
             self._rotary = reach, tuple((t * factor).to(device, torch.float32) for t in (angles.cos(), angles.sin()))
         return self._rotary[1]
 
-    def forward(self, x, positions_BT, *, cu_seqlens=None, dropout: Dropout | None = None, cache=None, max_position: int = 0):
+    def forward(self, x, positions_BT, *, cu_seqlens=None, lengths=None, dropout: Dropout | None = None, cache=None, max_position: int = 0):
         """Hidden states (B, T, C), before the head's norm, of tokens (B, T) int64 at positions (B, T).
 
-        cu_seqlens    offsets of packed documents (B is 1)
+        cu_seqlens    offsets of packed documents (B is 1), and their `lengths` where the host knows them
         dropout       given in training where the config has dropout; None switches it off
         cache         a step of a KV cache (cache.py), which stores keys and values and attends to those it holds; no gradients
         max_position  largest position plus one, where the host knows it; 0 takes the config's context
@@ -353,6 +353,7 @@ class Transformer(nn.Module):
             if dropout is not None and self.c.embedding_dropout:
                 x = dropout_add(x, None, self.c.embedding_dropout, mix_seed(dropout.seed, -1, 0), dropout.counters_BT)
         rotary = self.rotary_tables(max_position or self.c.context, x.device)
+        documents = None if cu_seqlens is None else dict(cu_seqlens=cu_seqlens, lengths=lengths)
         for block in self.blocks.values():
-            x = block(x, positions_BT, rotary, cu_seqlens, dropout, cache)
+            x = block(x, positions_BT, rotary, documents, dropout, cache)
         return x

@@ -243,7 +243,8 @@ def step(
 def forward(model: Transformer, batch: Batch, denominator: int | torch.Tensor, seed: int, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
     """Summed loss of a micro-batch over the step's count of tokens, times `scale`."""
     dropout = Dropout(seed, batch.counters_BT) if model.c.dropout or model.c.embedding_dropout else None
-    hidden = model(batch.tokens_BT, batch.positions_BT, cu_seqlens=batch.cu_seqlens, dropout=dropout, max_position=batch.max_position)
+    documents = dict(cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
+    hidden = model(batch.tokens_BT, batch.positions_BT, **documents, dropout=dropout, max_position=batch.max_position)
     return losses.next_token(model.head, hidden, batch.labels_BT, denominator, rows=batch.rows, scale=scale)
 
 

@@ -303,6 +303,12 @@ def test_long_inputs_never_hold_all_scores():
     assert largest <= attention._SCORES < 3000 * 3000
 
 
+def test_lengths_that_the_host_knows_change_nothing():
+    q, k, v = draw_inputs(1, 9, 9, 2, 1, 4)
+    offsets = torch.tensor([0, 2, 2, 9])
+    assert torch.equal(flash_attention(q, k, v, cu_seqlens=offsets, lengths=(2, 0, 7)), flash_attention(q, k, v, cu_seqlens=offsets))
+
+
 @on_gpu
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("K,D", [(4, 64), (2, 40)])
@@ -337,6 +343,8 @@ def test_packed_documents_on_a_gpu(window, K, D):
         (dict(cu_seqlens=torch.tensor([0, 1])), r"cu_seqlens must rise from 0 to the 3 tokens held, got \[0, 1\]"),
         (dict(cu_seqlens=torch.tensor([0, 4, 3])), "cu_seqlens must rise"),
         (dict(cu_seqlens=torch.tensor([0, 3]), cu_seqlens_k=torch.tensor([0, 1])), "cu_seqlens_k must rise"),
+        (dict(cu_seqlens=torch.tensor([0, 1, 3]), lengths=(1, 1)), "2 lengths of 2 tokens do not fit cu_seqlens of 2 documents, 3 tokens"),
+        (dict(cu_seqlens=torch.tensor([0, 1, 3]), lengths=(3,)), "1 lengths of 3 tokens do not fit"),
         (dict(cu_seqlens=torch.tensor([0, 3]), cu_seqlens_k=torch.tensor([0, 1, 3])), "1 documents, cu_seqlens_k 2"),
         (dict(cu_seqlens=torch.tensor([0, 1, 3]), bias=torch.zeros(3, 1, 1, 1)), "bias .* does not broadcast"),
         (dict(cu_seqlens=torch.tensor([0, 3]), bias=torch.zeros(2, 3)), "bias .* does not reach the longest document, 3 x 3"),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from nanotrain.kernels import runtime
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nanotrain.data.loader import Batch
 from nanotrain.model.build import meta_model
@@ -26,20 +27,32 @@ KERNELS = ("norm", "rotary", "gated", "dropout", "lookup", "optimizers", "multi_
 
 
 class NoTransfers(TorchDispatchMode):
-    """Refuses operators that move data between the host and the device, or wait for its values."""
+    """Refuses operators that wait for values of the device, and those that take from the host and the device but for queued copies."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        waits = name in ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "unique2", "_unique2")
-        devices = {t.device.type for t in (*args, out) if isinstance(t, torch.Tensor) and (t.dim() or name in ("_to_copy", "copy_"))}
-        moves = name in ("_to_copy", "copy_") and len(devices) > 1 and not (kwargs or {}).get("non_blocking")
-        assert not waits and not moves, f"{name} makes the host wait"
+        moves = name in ("_to_copy", "copy_")
+        # A number's tensor (0-d, of the host) beside tensors of the device is passed with the launch, unless it is moved.
+        tensors = [t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor) and (t.dim() or moves)]
+        devices = {t.device.type for t in tensors}
+        waits = "meta" in devices and name in ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "_unique2")
+        mixed = len(devices) > 1 and not (moves and (kwargs or {}).get("non_blocking"))
+        assert not waits and not mixed, f"{name} makes the host wait"
         return out
 
 
-def launched(model: ModelConfig, optim: OptimConfig, *, dtype=torch.bfloat16, batches: int = 1, attend=None) -> Counter:
-    """Kernels that a step launches where nothing asks for another path; `attend` takes attention's place."""
+@pytest.mark.parametrize(
+    "wait",
+    [lambda x, host: x.nonzero(), lambda x, host: x[host], lambda x, host: host.to("meta"), lambda x, host: x.copy_(host), lambda x, host: x.cpu()],
+)
+def test_what_waits_is_refused(wait):
+    with NoTransfers(), pytest.raises((AssertionError, NotImplementedError)):
+        wait(torch.zeros(3, device="meta"), torch.zeros(3, dtype=torch.int64))
+
+
+def launched(model: ModelConfig, optim: OptimConfig, *, dtype=torch.bfloat16, batches: int = 1) -> Counter:
+    """Kernels that a step launches where nothing asks for another path."""
     found: Counter[str] = Counter()
     with ExitStack() as stack:
         for name in KERNELS:
@@ -50,13 +63,11 @@ def launched(model: ModelConfig, optim: OptimConfig, *, dtype=torch.bfloat16, ba
             stack.enter_context(mock.patch.object(module, "on_gpu", lambda device: device.type == "meta"))
         config = replace(model, vocab_size=96).resolved(frozenset(ModelConfig.__dataclass_fields__))
         net = meta_model(config).to(dtype)
-        for block in net.blocks.values():
-            block.attention.attend = attend or block.attention.attend
         net.rotary_tables(64, torch.device("meta"))  # made once in a run
         optimizer = Optimizer(net, optim)
         tokens = torch.zeros(1, 64, dtype=torch.int64, device="meta")
         offsets = torch.zeros(5, dtype=torch.int32, device="meta")
-        batch = Batch(tokens, tokens, tokens, offsets, tokens, None, 60, 64)
+        batch = Batch(tokens, tokens, tokens, offsets, tokens, None, 60, 64, (10, 20, 4, 30))
         factor = torch.ones((), device="meta")
         for _ in range(2):  # the second finds tables and state made
             found.clear()
@@ -96,8 +107,19 @@ def test_norms_of_heads_and_steps_of_several_batches():
 
 
 def test_dropout_and_learned_positions():
-    """Attention with dropout reads on the host where documents start, until it has a kernel of its own: something else stands in for it."""
-    model = replace(GPT2, dropout=0.1, embedding_dropout=0.1)
-    found = launched(model, OptimConfig(name="adamw"), attend=lambda q, k, v, **_: q * k * v)
+    found = launched(replace(GPT2, dropout=0.1, embedding_dropout=0.1), OptimConfig(name="adamw"))
     assert found["_dropout_kernel"] == 2 * (1 + 2 * 2) and found["_embedding_backward_kernel"] == 2 and found["_norm_forward_kernel"] == 5
     assert launched(GPT2, OptimConfig(name="adamw"))["_dropout_kernel"] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(attention_softcap=30.0, logit_softcap=20.0, window=9, window_pattern="sf"), dict(positions="alibi"), dict(head_dim=12),
+     dict(recompute="full")],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nothing_waits_whatever_the_attention(change, dtype):
+    """Where torch's attention serves no such thing, the reference takes the documents' lengths from the host."""
+    found = launched(replace(LLAMA, **change), OptimConfig(), dtype=dtype)
+    assert found["_norm_backward_kernel"] == 5 and found["_adamw_kernel"] == 1

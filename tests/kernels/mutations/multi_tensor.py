@@ -16,4 +16,9 @@ MUTATIONS = [
     ("write_stochastic", "word & 0xFFFF", "word & 0x7FFF"),
     ("write_stochastic", "(index >> 32).to(tl.uint32)", "none"),
     ("write_stochastic", "none + 1, none)", "none, none)"),
+    ("given", "        otherwise = tl.load(scalar).to(DTYPE)\n", "        tl.load(scalar).to(DTYPE)\n"),
+    ("allowed", "        size = tl.where(tl.load(found) != 0, 0, size)\n", "        size = tl.where(tl.load(found) == 0, 0, size)\n"),
+    ("write_weight", "    if HAS_MASTERS:", "    if not HAS_MASTERS:"),
+    ("write_weight", "values, mask, seed, counter, WHOLE)\n    else", "values, mask, seed, offsets * 0, WHOLE)\n    else"),
+    ("write_weight", "        write(param, offsets, values, mask, PARAM, WHOLE)", "        write(param, offsets, values * 0.5, mask, PARAM, WHOLE)"),
 ]

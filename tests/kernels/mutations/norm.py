@@ -21,9 +21,9 @@ MUTATIONS = [
     ("layer_norm", "                square += shift * shift * (start * count / (start + count))\n", ""),
     ("layer_norm", "                count = tl.minimum(BLOCK, width - start).to(tl.float32)", "                count = BLOCK"),
     ("layer_norm", "        if CENTRED:\n            level += up\n", "        level += up * 0\n"),
-    ("layer_norm", "        if HAS_BIAS:\n            bias_sum += up\n    place", "        if HAS_BIAS:\n            bias_sum += up * unit\n    place"),
-    ("layer_norm", "        unit = (tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32) - mean) * inverse\n        weight_sum += up * unit\n        if HAS_BIAS:\n            bias_sum += up\n        up", "        unit = tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32) - mean\n        weight_sum += up * unit\n        if HAS_BIAS:\n            bias_sum += up\n        up"),
+    ("layer_norm", "            bias_sum += up\n    _store_sums", "            bias_sum += up * unit\n    _store_sums"),
+    ("layer_norm", "    unit = (tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32) - mean) * inverse", "    unit = tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32) - mean"),
     ("layer_norm", "        tl.store(means + row, mean, row < rows)", "        tl.store(means + row, mean, row < rows - 1)"),
     ("layer_norm", "        normed += tl.load(bias + column,", "        normed += tl.load(weight + column,"),
-    ("layer_norm", "    mean = tl.load(means + row, row < rows, 0.0) if CENTRED else", "    mean = tl.load(inverses + row, row < rows, 0.0) if CENTRED else"),
+    ("layer_norm", "mean = tl.load(means + row, row < rows, 0.0)[:, None] if CENTRED", "mean = tl.load(inverses + row, row < rows, 0.0)[:, None] if CENTRED"),
 ]
