@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 from nanotrain.kernels.random import dropout_reference
-from nanotrain.kernels.runtime import choose, compute_dtype, has_kernel, launch, tl, triton
+from nanotrain.kernels.runtime import choose, compute_dtype, has_kernel, jit, launch, tl, triton
 from torch.autograd.function import once_differentiable
 
 EXAMPLES = ((8, 64), (3, 80), (1, 1), (5, 257))
@@ -32,12 +32,7 @@ def dropout_add_reference(x, residual, p, seed, counters):
     return (dropped if residual is None else residual + dropped).to(x.dtype)
 
 
-def _jit(function):
-    # Seed and threshold are any numbers: none is to be compiled for by itself, as numbers that 16 divides are.
-    return function if triton is None else triton.jit(do_not_specialize=("seed", "threshold"))(function)
-
-
-@_jit
+@jit(do_not_specialize=("seed", "threshold"))
 def _dropout_kernel(
     x, residual, y, counters, seed, threshold, scale, rows, width, column_blocks,
     x_stride, x_column_stride, residual_stride, residual_column_stride, counter_stride,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 
 import torch
 from nanotrain.kernels.native import library
@@ -20,9 +20,14 @@ launches: Counter[str] = Counter()
 """Launches of Triton kernels and calls of C++ functions by name, so that a test can see which path a call took."""
 
 
-def jit(function):
-    """`triton.jit`; without triton the function as it is, which nothing then calls."""
-    return function if triton is None else triton.jit(function)
+def jit(function=None, *, do_not_specialize: tuple[str, ...] = ()):
+    """`triton.jit`, or without triton the function as it is, which nothing then calls; also as a decorator with arguments.
+
+    `do_not_specialize` names numbers for which nothing is to be compiled apart, as numbers that 16 divides are.
+    """
+    if function is None:
+        return partial(jit, do_not_specialize=do_not_specialize)
+    return function if triton is None else triton.jit(function, do_not_specialize=do_not_specialize)
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
