@@ -1,4 +1,4 @@
-"""Scaled dot-product attention with an online softmax's interface: outputs, and the log-sum-exp on request.
+"""Scaled dot-product attention, computed a tile at a time: outputs, and the log-sum-exp on request.
 
     s_ij = scale * q_i . k_j            then softcap: c * tanh(s / c)
     s_ij += bias_ij - slope * |p_i - p_j|      p_i = q_start + i, p_j = k_start + j (global positions)
@@ -8,344 +8,150 @@ Visible: every key, or with `causal` those with p_j <= p_i, or with `window` = w
 always visible. A query that sees no key gives zeros, log-sum-exp -inf and zero gradients.
 
 Shapes: q (B, T, H, D), k (B, S, K, D), v (B, S, K, Dv), H a multiple of K; out (B, T, H, Dv); log-sum-exp (B, H, T) in fp32.
-Scores, softmax and their gradients in fp32 (float64 for float64). Plain self-attention, causal or full, rounds probabilities and scores'
-gradients to the inputs' dtype before they multiply v, k and q, as every flash attention does; those products accumulate in fp32 and round
-their results. Any other call computes in fp32 throughout and rounds its results only.
-FLOPs forward: 2 * B * H * T * S * (D + Dv), half of it when causal.
-Sources: Vaswani et al. 2017; Dao et al. 2022 (arXiv 2205.14135); ALiBi: arXiv 2108.12409; sinks: arXiv 2309.17453.
+Scores, softmax and their gradients in fp32 (float64 for float64); probabilities and scores' gradients are rounded to the inputs' dtype before
+they multiply v, k and q, in products that accumulate in fp32. The backward keeps the log-sum-exp alone and computes the scores again, and its
+bits repeat. The reference (attention_reference.py) rounds less where a call is more than plain causal or full self-attention.
+FLOPs forward: 2 * B * H * T * S * (D + Dv), half of it when causal; backward 3.5 times that (2.5 were nothing computed twice). Bytes: q, k, v
+and out once, as long as the keys and values of the heads under way stay in the L2 cache.
+Sources: Vaswani et al. 2017; Dao et al. 2022 (arXiv 2205.14135), 2023 (arXiv 2307.08691); ALiBi: arXiv 2108.12409; sinks: arXiv 2309.17453.
 """
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
-
 import torch
-import torch.nn.functional as F
-from nanotrain.kernels.cpu import call
-from nanotrain.kernels.random import philox
-from nanotrain.kernels.runtime import choose, compute_dtype, on_gpu, pinned
+from nanotrain.kernels.attention_backward import backward, delta_of
+from nanotrain.kernels.attention_forward import forward
+from nanotrain.kernels.attention_reference import (
+    attention_delta_reference,
+    document_lengths,
+    flash_attention_backward_reference,
+    flash_attention_reference,
+)
+from nanotrain.kernels.attention_tiles import Features
+from nanotrain.kernels.runtime import choose, has_kernel, tl
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 EXAMPLES = ((2, 7, 7, 4, 2, 16), (1, 33, 33, 6, 6, 80), (1, 5, 12, 4, 1, 32))
 """Shapes (B, T, S, H, K, D) that tests and benchmarks share."""
 
-_SCORES = 1 << 23
-"""Scores held at once by the reference: long inputs are worked off in blocks of queries, or by torch's fused operator."""
-
-_QUERIES = 128
-"""Queries of a block of the causal path: keys after a block's last query are not multiplied at all."""
-
-_GRAIN = 64
-"""Packed documents are padded to multiples of this many tokens where a mask hides the padding."""
+_WIDEST = 256
+"""Head dims that the kernels hold in registers."""
 
 
-class _Causal(torch.autograd.Function):
-    """Causal self-attention (or, not `causal`, full attention) of q, k, v (H, B, T | S, D) that keeps its probabilities.
+def _features(
+    q, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
+    cu_seqlens=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None,
+) -> Features:  # fmt: skip
+    """The options of a call as its kernels take them."""
 
-    For short rows on a CPU, where the backward of torch's fused operator spends most of its time on tiny tiles. Both products
-    whose results meet an exponential or a difference, q k^T and grad v^T, run in fp32: rounded scores would be wrong by far more than
-    rounded probabilities, and large fp16 scores overflow. The other products run in the inputs' dtype with fp32 accumulation; the
-    gradients of keys and values are then summed over blocks in fp32. Results lie in memory as (B, T, H, D), in which projections take them.
-    """
+    def vector(value):  # one number for all documents or one for each, and the stride between them
+        value = value.to(torch.int64) if isinstance(value, torch.Tensor) else torch.full((), value, dtype=torch.int64, device=q.device)
+        return (value.contiguous(), 1) if value.dim() else (value, 0)
+
+    slopes = None if alibi_slopes is None else alibi_slopes.detach().float().contiguous()
+    prefix, prefix_stride = (None, 0) if prefix_len is None else vector(prefix_len)
+    seeds, seeds_stride = vector(seed) if dropout_p else (None, 0)
+    bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
+    return Features(
+        scale=float(q.shape[-1] ** -0.5 if scale is None else scale), softcap=None if softcap is None else float(softcap), window=window,
+        sinks=None if sinks is None else sinks.detach().float().contiguous(),
+        slopes=slopes, slopes_stride=slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+        bias=bias, bias_strides=() if bias is None else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True)),
+        prefix=prefix, prefix_stride=prefix_stride, seeds=seeds, seeds_stride=seeds_stride,
+        threshold=int(dropout_p * 2**32), kept=1.0 / (1.0 - dropout_p),
+        cu_q=cu_seqlens, cu_k=cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
+        q_start=q_start, k_start=k_start, head_start=head_start, causal=tl.constexpr(bool(causal)), aligned=tl.constexpr(k_start % 4 == 0),
+    )  # fmt: skip
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Forward and backward of the kernels; `longest` is the most queries and keys of a document, as far as the host knows."""
 
     @staticmethod
-    def forward(ctx, q, k, v, scale, causal, native):
-        H, B, T, D = q.shape
-        wide = compute_dtype(q)
-        q, k, v = (x.reshape(H * B, *x.shape[2:]) for x in (q, k, v))
-        q_wide, k_wide = q.to(wide), k.to(wide)
-        out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device).permute(2, 0, 1, 3)
-        parts = []
-        for first, last, seen in _Causal.blocks(T, k.shape[1], causal):
-            p = _softmax(torch.bmm(q_wide[:, first:last], k_wide[:, :seen].mT), scale, first if causal else None, q.dtype, native)
-            out[:, :, first:last] = torch.bmm(p, v[:, :seen]).view(H, B, last - first, D)
-            parts.append(p)
-        ctx.save_for_backward(q, k, v, *parts)
-        ctx.scale, ctx.causal, ctx.native = scale, causal, native
-        return out
+    def forward(ctx, q, k, v, sinks, bias, f, longest):
+        out, lse = forward(q, k, v, f, longest)
+        held = [name for name, value in f._asdict().items() if isinstance(value, torch.Tensor)]
+        ctx.save_for_backward(q, k, v, out, lse, *(getattr(f, name) for name in held))
+        ctx.f, ctx.held, ctx.longest = f._replace(**dict.fromkeys(held)), held, longest
+        ctx.bias_shape, ctx.sinks_dtype = None if bias is None else bias.shape, None if sinks is None else sinks.dtype
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        q, k, v, *parts = ctx.saved_tensors
-        (H, B, T, D), S, wide = grad.shape, k.shape[1], compute_dtype(q)
-        grad = grad.reshape(q.shape)
-        grad_wide, v_wide = grad.to(wide), v.to(wide)
-        grad_q, grad_k, grad_v = torch.empty_like(q), None, None
-        # From the last block, which sees every key, so that its products begin the sums.
-        for (first, last, seen), p in reversed(list(zip(_Causal.blocks(T, S, ctx.causal), parts, strict=True))):
-            grad_v = _add_product(grad_v, p.mT, grad[:, first:last])
-            grad_p = torch.bmm(grad_wide[:, first:last], v_wide[:, :seen].mT)
-            grad_s = _softmax_backward(grad_p, p, ctx.scale, ctx.native)
-            grad_q[:, first:last] = torch.bmm(grad_s, k[:, :seen])
-            grad_k = _add_product(grad_k, grad_s.mT, q[:, first:last])
-        # The projection of values takes its gradient as (B, S, H, D) in memory; the rotation of queries and keys takes any.
-        laid = torch.empty(B, S, H, D, dtype=q.dtype, device=q.device).permute(2, 0, 1, 3).copy_(grad_v.view(H, B, S, D))
-        return grad_q.view(H, B, T, D), grad_k.to(q.dtype).view(H, B, S, D), laid, None, None, None
-
-    @staticmethod
-    def blocks(T, S, causal):
-        """(first query, last query, keys seen) of each block."""
-        return [(i, min(T, i + _QUERIES), min(T, i + _QUERIES)) for i in range(0, T, _QUERIES)] if causal else [(0, T, S)]
+    def backward(ctx, grad, grad_lse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        f = ctx.f._replace(**dict(zip(ctx.held, tensors, strict=True)))
+        need_q, need_k, need_v, need_sinks, need_bias = ctx.needs_input_grad[:5]
+        grad = torch.zeros_like(out) if grad is None else grad
+        delta = delta_of(grad, out, grad_lse)
+        bias_shape = f.bias.shape if need_bias else None
+        grads = backward(grad, q, k, v, lse, delta, f, ctx.longest, queries=need_q, keys=need_k or need_v, bias_shape=bias_shape)
+        grad_q, grad_k, grad_v, grad_bias = grads
+        grad_sinks = None
+        if need_sinks:  # exp(sink - lse) is the share of each softmax that the sink takes
+            share = torch.exp(f.sinks[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+            grad_sinks = -(share * delta).sum((0, 2)).to(ctx.sinks_dtype)
+        return grad_q, grad_k, grad_v, grad_sinks, None if grad_bias is None else grad_bias.view(ctx.bias_shape), None, None
 
 
-def _softmax(scores, scale, first, dtype, native):
-    """Probabilities (G, t, s) in `dtype` of scores, which are overwritten. Query i sees keys up to first + i, every key where first is None."""
-    if native:
-        p = scores if scores.dtype == dtype else torch.empty(scores.shape, dtype=dtype, device=scores.device)
-        call("softmax", dtype, scores, p, *scores.shape, -1 if first is None else first, scale)
-        return p
-    scores.mul_(scale)
-    if first is not None:
-        t = scores.shape[1]
-        scores[:, :, first:].masked_fill_(torch.ones(t, t, dtype=torch.bool, device=scores.device).triu_(1), -math.inf)
-    return torch.softmax(scores, -1).to(dtype)
-
-
-def _softmax_backward(grad_p, p, scale, native):
-    """Gradient of the scores, in p's dtype; grad_p is overwritten."""
-    if native:
-        grad_s = grad_p if p.dtype == grad_p.dtype else torch.empty_like(p)
-        call("softmax_back", p.dtype, grad_p, p, grad_s, p.shape[0] * p.shape[1], p.shape[2], scale)
-        return grad_s
-    return torch._softmax_backward_data(grad_p, p.to(grad_p.dtype), -1, grad_p.dtype).mul_(scale).to(p.dtype)
-
-
-def _add_product(total, a, b):
-    """total, in fp32 at least, with a b added to its first rows; None is the start of a sum."""
-    product = torch.bmm(a, b)
-    if total is None:
-        return product.to(compute_dtype(product))
-    total[:, : product.shape[1]] += product
-    return total
-
-
-def _block(q, k, v, sinks, bias, q_first, k_first, head_start, causal, window, softcap, scale, slopes, prefix, dropout_p, seed):
-    """Attention of a block of queries (B, H, t, D) over keys (B, H, s, D); returns (out, log-sum-exp)."""
-    B, H, t, _ = q.shape
-    s = k.shape[2]
-    scores = (q @ k.transpose(-1, -2)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    rows = torch.arange(q_first, q_first + t, device=q.device)[:, None]
-    columns = torch.arange(k_first, k_first + s, device=q.device)[None, :]
-    if bias is not None:
-        scores = scores + bias
-    if slopes is not None:
-        scores = scores - slopes[..., None, None] * (rows - columns).abs()
-    if causal:
-        visible = columns <= rows
-        if window is not None:
-            visible = visible & (columns > rows - window)
-        if prefix is not None:
-            visible = visible | (columns < prefix.view(-1, 1, 1, 1))
-        scores = scores.masked_fill(~visible, -math.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, H, 1, 1).expand(B, H, t, 1)], -1)
-    peak = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.new_full((B, H, t, 1), -math.inf)
-    weights = torch.exp(scores - peak.masked_fill(peak == -math.inf, 0.0))
-    total = weights.sum(-1, keepdim=True)
-    empty = total == 0
-    total = total.masked_fill(empty, 1.0)
-    lse = (torch.log(total) + peak.masked_fill(empty, 0.0)).masked_fill(empty, -math.inf).squeeze(-1)
-    probabilities = (weights / total)[..., :s]
-    if dropout_p > 0.0:
-        heads = torch.arange(head_start, head_start + H, device=q.device)[:, None, None]
-        seeds = torch.as_tensor(seed, dtype=torch.int64, device=q.device).view(-1, 1, 1, 1)
-        words = torch.stack(philox(seeds, columns >> 2, rows, heads, 1), -1)
-        word = words.gather(-1, (columns & 3).expand(words.shape[:-1])[..., None]).squeeze(-1)
-        probabilities = probabilities * (word >= int(dropout_p * 2**32)) / (1.0 - dropout_p)
-    return probabilities @ v, lse
-
-
-def _bias_part(bias, rows, columns):
-    """The bias of these rows and columns; a dimension of one stays as it is, for it is broadcast."""
-    bias = bias if bias.shape[-2] == 1 else bias[..., rows, :]
-    return bias if bias.shape[-1] == 1 else bias[..., columns]
-
-
-def _dense(
-    q, k, v, *, causal, window, softcap, scale, sinks, alibi_slopes, bias, prefix_len, q_start, k_start, head_start, dropout_p, seed, return_lse, impl
-):
-    """Attention over a rectangular batch: `_Causal` or torch's fused kernel where they can say it, else blocks of queries."""
-    B, T, H, D = q.shape
-    S, K = k.shape[1:3]
-    q_start = k_start + S - T if q_start is None else q_start
-    if window is not None and k_start > q_start + T - 1 - window:
-        window = None  # it hides nothing here
-    extras = (window, softcap, sinks, alibi_slopes, bias, prefix_len)
-    sees_all = not causal or (T == 1 and q_start - k_start >= S - 1)
-    plain = all(e is None for e in extras) and not dropout_p and not return_lse and v.shape[-1] == D and T and S
-    plain = plain and (sees_all or (q_start == k_start and T == S))
-    short = plain and q.device.type == "cpu" and B * H * T * S <= _SCORES
-    native = choose("flash_attention", impl, q, k, v, native=short and scale > 0) == "native"
-    if plain:
-        order = (2, 0, 1, 3) if short else (0, 2, 1, 3)
-        heads = [x.permute(order) for x in (q, k, v)]
-        if H != K:
-            heads[1:] = [x.repeat_interleave(H // K, order.index(2)) for x in heads[1:]]
-        if short:
-            return _Causal.apply(*heads, scale, not sees_all, native).permute(1, 2, 0, 3), None
-        return F.scaled_dot_product_attention(*heads, is_causal=not sees_all, scale=scale).transpose(1, 2), None
-    dtype = compute_dtype(q)
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(H // K, 1) if H != K else x for x in (k, v))
-    slopes = None if alibi_slopes is None else alibi_slopes.to(dtype)
-    if prefix_len is not None:
-        prefix_len = torch.as_tensor(prefix_len, device=q.device).expand(B)
-    outs, lses = [], []
-    step = max(16, _SCORES // max(1, B * H * S))
-    for first in range(0, T, step):
-        last = min(T, first + step)
-        low, high = 0, S
-        if causal and prefix_len is None:
-            high = min(S, max(0, q_start + last - k_start))
-            low = 0 if window is None else min(high, max(0, q_start + first - window + 1 - k_start))
-        block_bias = None if bias is None else _bias_part(bias, slice(first, last), slice(low, high)).to(dtype)
-        arguments = (q[:, :, first:last], k[:, :, low:high], v[:, :, low:high], None if sinks is None else sinks.to(dtype), block_bias,
-                     q_start + first, k_start + low, head_start, causal, window, softcap, scale, slopes, prefix_len, dropout_p, seed)  # fmt: skip
-        if torch.is_grad_enabled() and step < T:
-            out, lse = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out, lse = _block(*arguments)
-        outs.append(out)
-        lses.append(lse)
-    if not outs:
-        return v.new_zeros(B, 0, H, v.shape[-1]), q.new_zeros(B, H, 0)
-    return torch.cat(outs, 2).transpose(1, 2), torch.cat(lses, 2)
-
-
-class _Lay(torch.autograd.Function):
-    """Rows laid into padded slots; padding repeats a row of its document, and its gradient is dropped."""
-
-    @staticmethod
-    def forward(ctx, x, source, slot):
-        ctx.save_for_backward(slot)
-        return x.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.index_select(0, *ctx.saved_tensors), None, None
-
-
-class _Take(torch.autograd.Function):
-    """Rows taken out of their slots again; padding gets no gradient."""
-
-    @staticmethod
-    def forward(ctx, x, source, slot):
-        ctx.save_for_backward(slot)
-        ctx.slots = len(source)
-        return x.index_select(0, slot)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.new_zeros(ctx.slots, *grad.shape[1:]).index_copy_(0, *ctx.saved_tensors, grad), None, None
-
-
-def _places(lengths, order, padded, device):
-    """(source, slot) for documents of `lengths` laid out in `order`, each padded to its entry of `padded`: the row that fills each slot,
-    and the slot that holds each row."""
-    lengths, padded = torch.tensor(lengths), torch.tensor(padded)
-    starts = (lengths.cumsum(0) - lengths)[order]
-    document = torch.arange(len(padded)).repeat_interleave(padded)
-    inside = torch.arange(len(document)) - (padded.cumsum(0) - padded)[document]
-    source = starts[document] + inside.minimum(lengths[order][document] - 1)
-    real = (inside < lengths[order][document]).nonzero()[:, 0]
-    slot = torch.empty_like(real).index_copy_(0, source[real], real)
-    return tuple(pinned(places, device).to(device, non_blocking=True) for places in (source, slot))
-
-
-def _lengths(name, offsets, total, known=None):
-    """Lengths of the documents between offsets, which must run from 0 to total; where they are `known` nothing waits for the offsets."""
-    if known is not None:
-        if len(known) != len(offsets) - 1 or sum(known) != total:
-            fits = f"{name} of {len(offsets) - 1} documents, {total} tokens"
-            raise ValueError(f"flash_attention: {len(known)} lengths of {sum(known)} tokens do not fit {fits}")
-        return list(known)
-    ends = offsets.tolist()
-    lengths = [end - start for start, end in pairwise(ends)]
-    if ends[:1] != [0] or ends[-1:] != [total] or min(lengths, default=-1) < 0:
-        raise ValueError(f"flash_attention: {name} must rise from 0 to the {total} tokens held, got {str(ends)[:80]}")
-    return lengths
-
-
-def flash_attention_reference(
-    q_BTHD, k_BSKD, v_BSKD, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
-    cu_seqlens=None, lengths=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False,
-    impl="reference",
+def _check(
+    op, q, k, v, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None, cu_seqlens=None,
+    lengths=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None,
 ):  # fmt: skip
-    """Attention in plain PyTorch; packed documents of equal length share a batch. Another `impl` has C++ make the softmax where it can."""
-    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
-    bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
-    common = dict(causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, q_start=q_start, k_start=k_start,
-                  head_start=head_start, dropout_p=dropout_p, return_lse=return_lse, impl=impl)  # fmt: skip
-    if cu_seqlens is None:
-        out, lse = _dense(q_BTHD, k_BSKD, v_BSKD, alibi_slopes=alibi_slopes, bias=bias, prefix_len=prefix_len, seed=seed, **common)
-    else:
-        lengths_q = _lengths("cu_seqlens", cu_seqlens, q_BTHD.shape[1], lengths)
-        S = k_BSKD.shape[1]
-        lengths_k = _lengths("cu_seqlens", cu_seqlens, S, lengths) if cu_seqlens_k is None else _lengths("cu_seqlens_k", cu_seqlens_k, S)
-        if len(lengths_q) != len(lengths_k):
-            raise ValueError(f"flash_attention: cu_seqlens has {len(lengths_q)} documents, cu_seqlens_k {len(lengths_k)}")
-        longest = (max(lengths_q), max(lengths_k))
-        if bias is not None and any(1 != n < length for n, length in zip(bias.shape[-2:], longest, strict=True)):
-            raise ValueError(f"flash_attention: bias {tuple(bias.shape)} does not reach the longest document, {longest[0]} x {longest[1]}")
-        if len({*zip(lengths_q, lengths_k, strict=True)}) == 1 and all(longest):  # they lie as a batch does
-            n, (t, s) = len(lengths_q), longest
-            own_bias = None if bias is None else _bias_part(bias, slice(t), slice(s))
-            own = (x.reshape(n, -1, *x.shape[2:]) for x in (q_BTHD, k_BSKD, v_BSKD))
-            out, lse = _dense(*own, alibi_slopes=alibi_slopes, bias=own_bias, prefix_len=prefix_len, seed=seed, **common)
-            out = out.reshape(1, n * t, *out.shape[2:]).to(q_BTHD.dtype)
-            return (out, lse.transpose(0, 1).reshape(1, -1, n * t)) if return_lse else out
-        # Under a causal mask a document may be padded at its end: no query of its own sees that. Few lengths make few, full batches.
-        grain = _GRAIN if causal and cu_seqlens_k is None and q_start is None and prefix_len is None and bias is None else 1
-        groups: dict[tuple[int, int], list[int]] = {}
-        for document, (t, s) in enumerate(zip(lengths_q, lengths_k, strict=True)):
-            groups.setdefault((-(-t // grain) * grain, -(-s // grain) * grain), []).append(document)
-        order = [document for documents in groups.values() for document in documents]
-        padded = [group for group, documents in groups.items() for _ in documents]
-        places_q = _places(lengths_q, order, [t for t, _ in padded], q_BTHD.device)
-        places_k = places_q if cu_seqlens_k is None else _places(lengths_k, order, [s for _, s in padded], q_BTHD.device)
-        q, k, v = _Lay.apply(q_BTHD[0], *places_q), _Lay.apply(k_BSKD[0], *places_k), _Lay.apply(v_BSKD[0], *places_k)
-        outs, lses, first_q, first_k = [], [], 0, 0
-
-        def pick(value, documents, shared=0):  # the documents' own values, unless value has only dimensions that they share
-            if not isinstance(value, torch.Tensor) or value.dim() <= shared:
-                return value
-            return value[pinned(torch.tensor(documents), value.device).to(value.device, non_blocking=True)]
-
-        for (t, s), documents in groups.items():
-            n = len(documents)
-            last_q, last_k = first_q + n * t, first_k + n * s
-            cuts = ((q, first_q, last_q), (k, first_k, last_k), (v, first_k, last_k))
-            own = (x[first:last].view(n, (last - first) // n, *x.shape[1:]) for x, first, last in cuts)
-            own_bias = None if bias is None else _bias_part(bias if len(bias) == 1 else bias[documents], slice(t), slice(s))
-            out, lse = _dense(*own, alibi_slopes=pick(alibi_slopes, documents, 1), bias=own_bias, prefix_len=pick(prefix_len, documents),
-                              seed=pick(seed, documents), **common)  # fmt: skip
-            outs.append(out.flatten(0, 1))
-            lses.append(None if lse is None else lse.mT.flatten(0, 1))
-            first_q, first_k = last_q, last_k
-        out = _Take.apply(torch.cat(outs), *places_q)[None]
-        lse = _Take.apply(torch.cat(lses), *places_q).mT[None] if return_lse else None
-    out = out.to(q_BTHD.dtype)
-    return (out, lse) if return_lse else out
+    """Raise ValueError naming what makes no sense."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"{op}: q, k, v must have 4 dimensions, got {q.dim()}, {k.dim()}, {v.dim()}")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{op}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{op}: {q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"{op}: dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}")
+    if not q.is_floating_point():
+        raise ValueError(f"{op}: q, k, v must be floating point, got {q.dtype}")
+    if not causal and (window is not None or prefix_len is not None):
+        raise ValueError(f"{op}: window and prefix_len need causal=True")
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window={window}; a query sees at least itself, use window >= 1")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{op}: softcap={softcap} must be positive; None is no cap")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p={dropout_p} is not in [0, 1)")
+    if dropout_p and seed is None:
+        raise ValueError(f"{op}: dropout_p > 0 needs a seed")
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise ValueError(f"{op}: cu_seqlens packs documents along T, so B must be 1, not {q.shape[0]}")
+    if cu_seqlens is None and cu_seqlens_k is not None:
+        raise ValueError(f"{op}: cu_seqlens_k without cu_seqlens")
+    (B, T, H, _), S = q.shape, k.shape[1]
+    B = B if cu_seqlens is None else len(cu_seqlens) - 1
+    for name, value, shapes in (("sinks", sinks, [(H,)]), ("alibi_slopes", alibi_slopes, [(H,), (B, H)]), ("prefix_len", prefix_len, [(), (B,)]),
+                                ("seed", seed, [(), (B,)])):  # fmt: skip
+        if isinstance(value, torch.Tensor) and tuple(value.shape) not in shapes:
+            raise ValueError(f"{op}: {name} {tuple(value.shape)} must be {' or '.join(map(str, shapes))}")
+    # Inside documents T and S are each one's own, known where cu_seqlens is read.
+    limits = (S, T, H, B) if cu_seqlens is None else (None, None, H, B)
+    if bias is not None and (bias.dim() > 4 or any(n not in (1, limit or n) for n, limit in zip(bias.shape[::-1], limits, strict=False))):
+        raise ValueError(f"{op}: bias {tuple(bias.shape)} does not broadcast to {(B, H, T, S)}")
 
 
-def _library(q_BTHD, k_BSKD, v_BSKD, cu_seqlens, scale, window):
-    """Causal attention inside packed documents by the FlashAttention that torch ships: its rows need no padding, and a CUDA graph can hold it."""
-    from torch.nn.attention.varlen import varlen_attn  # seconds to import, and of no use on a CPU
+def _longest(q, k, cu_seqlens, cu_seqlens_k, lengths, bias) -> tuple[int, int]:
+    """The most queries and keys of a batch entry or document, as far as the host knows without waiting for a device; checks what it knows."""
+    if cu_seqlens is None or (lengths is None and q.device.type != "cpu"):
+        return q.shape[1], k.shape[1]
+    return tuple(max(known, default=0) for known in document_lengths(q, k, cu_seqlens, cu_seqlens_k, lengths, bias))
 
-    (_, T, H, _), K = q_BTHD.shape, k_BSKD.shape[2]
-    q, k, v = q_BTHD[0], *(x[0].repeat_interleave(H // K, 1) if K != H else x[0] for x in (k_BSKD, v_BSKD))
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, scale=scale, window_size=(window - 1 if window else -1, 0))[None]
+
+def _has_kernel(q, v, alibi_slopes) -> bool:
+    """Whether the kernels serve: they know no gradient of slopes."""
+    return has_kernel(q) and max(q.shape[3], v.shape[3]) <= _WIDEST and not (alibi_slopes is not None and alibi_slopes.requires_grad)
 
 
 def flash_attention(
     q_BTHD, k_BSKD, v_BSKD, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
     cu_seqlens=None, lengths=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False,
-    deterministic=False, impl="auto",
+    impl="auto",
 ):  # fmt: skip
     """Attention of q (B, T, H, D) over k (B, S, K, D) and v (B, S, K, Dv); returns out (B, T, H, Dv) in q's dtype.
 
@@ -360,64 +166,91 @@ def flash_attention(
     prefix_len    int or (B,): the first keys are visible to every query (prefix LM; needs causal)
     cu_seqlens    (documents + 1,) int32 offsets of packed documents along T; B is 1; documents never see each other; `cu_seqlens_k` where
                   keys are cut elsewhere; B-shaped arguments then have one entry per document
-    lengths       of those documents, where the host knows them: then nothing waits for the device to read cu_seqlens
+    lengths       of those documents, where the host knows them: then the reference does not wait for the device to read cu_seqlens. On a GPU
+                  cu_seqlens itself is not checked: what does not rise from 0 to T reads beyond q, k and v
     q_start, k_start, head_start   global index of the first query (None: k_start + S - T), key and head held here
     dropout_p, seed   dropout of probabilities [0, 1); drawn from (seed, head, query, key), so it never depends on the layout;
                   seed: int, or int64 (B,), one per document with cu_seqlens
     return_lse    also return the log-sum-exp (B, H, T) in fp32 (float64 for float64), differentiable
-    deterministic ask for a backward whose bits repeat (the reference's do on a CPU)
 
     Raises ValueError naming the argument for shapes, dtypes or combinations that make no sense.
     """
-    if q_BTHD.dim() != 4 or k_BSKD.dim() != 4 or v_BSKD.dim() != 4:
-        raise ValueError(f"flash_attention: q, k, v must have 4 dimensions, got {q_BTHD.dim()}, {k_BSKD.dim()}, {v_BSKD.dim()}")
-    if k_BSKD.shape[:3] != v_BSKD.shape[:3] or q_BTHD.shape[0] != k_BSKD.shape[0] or q_BTHD.shape[3] != k_BSKD.shape[3]:
-        raise ValueError(f"flash_attention: q {tuple(q_BTHD.shape)}, k {tuple(k_BSKD.shape)}, v {tuple(v_BSKD.shape)} do not fit")
-    if q_BTHD.shape[2] % k_BSKD.shape[2]:
-        raise ValueError(f"flash_attention: {q_BTHD.shape[2]} query heads are no multiple of {k_BSKD.shape[2]} key heads")
-    if not q_BTHD.dtype == k_BSKD.dtype == v_BSKD.dtype:
-        raise ValueError(f"flash_attention: dtypes differ: q {q_BTHD.dtype}, k {k_BSKD.dtype}, v {v_BSKD.dtype}")
-    if not q_BTHD.is_floating_point():
-        raise ValueError(f"flash_attention: q, k, v must be floating point, got {q_BTHD.dtype}")
-    if not causal and (window is not None or prefix_len is not None):
-        raise ValueError("flash_attention: window and prefix_len need causal=True")
-    if window is not None and window < 1:
-        raise ValueError(f"flash_attention: window={window}; a query sees at least itself, use window >= 1")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"flash_attention: softcap={softcap} must be positive; None is no cap")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"flash_attention: dropout_p={dropout_p} is not in [0, 1)")
-    if dropout_p and seed is None:
-        raise ValueError("flash_attention: dropout_p > 0 needs a seed")
-    if cu_seqlens is not None and q_BTHD.shape[0] != 1:
-        raise ValueError(f"flash_attention: cu_seqlens packs documents along T, so B must be 1, not {q_BTHD.shape[0]}")
-    if cu_seqlens is None and cu_seqlens_k is not None:
-        raise ValueError("flash_attention: cu_seqlens_k without cu_seqlens")
-    (B, T, H, _), S = q_BTHD.shape, k_BSKD.shape[1]
-    B = B if cu_seqlens is None else len(cu_seqlens) - 1
-    for name, value, shapes in (("sinks", sinks, [(H,)]), ("alibi_slopes", alibi_slopes, [(H,), (B, H)]), ("prefix_len", prefix_len, [(), (B,)]),
-                                ("seed", seed, [(), (B,)])):  # fmt: skip
-        if isinstance(value, torch.Tensor) and tuple(value.shape) not in shapes:
-            raise ValueError(f"flash_attention: {name} {tuple(value.shape)} must be {' or '.join(map(str, shapes))}")
-    # Inside documents T and S are each one's own, known where cu_seqlens is read.
-    limits = (S, T, H, B) if cu_seqlens is None else (None, None, H, B)
-    if bias is not None and (bias.dim() > 4 or any(n not in (1, limit or n) for n, limit in zip(bias.shape[::-1], limits, strict=False))):
-        raise ValueError(f"flash_attention: bias {tuple(bias.shape)} does not broadcast to {(B, H, T, S)}")
-    choose("flash_attention", impl, q_BTHD, k_BSKD, v_BSKD, native=True)
-    plain = all(x is None for x in (softcap, sinks, alibi_slopes, bias, prefix_len, cu_seqlens_k, q_start)) and not (dropout_p or return_lse)
-    heads = q_BTHD.shape[3] == v_BSKD.shape[3] <= 256 and q_BTHD.shape[3] % 8 == 0
-    half = q_BTHD.dtype in (torch.bfloat16, torch.float16)
-    if impl == "auto" and on_gpu(q_BTHD.device) and plain and heads and half and causal and cu_seqlens is not None:
-        return _library(q_BTHD, k_BSKD, v_BSKD, cu_seqlens, scale, window)
-    return flash_attention_reference(
-        q_BTHD, k_BSKD, v_BSKD, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, alibi_slopes=alibi_slopes,
-        bias=bias, prefix_len=prefix_len, cu_seqlens=cu_seqlens, lengths=lengths, cu_seqlens_k=cu_seqlens_k, q_start=q_start, k_start=k_start,
-        head_start=head_start, dropout_p=dropout_p, seed=seed, return_lse=return_lse, impl=impl,
-    )  # fmt: skip
+    options = dict(causal=causal, window=window, softcap=softcap, scale=scale, alibi_slopes=alibi_slopes, bias=bias, prefix_len=prefix_len,
+                   cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, q_start=q_start, k_start=k_start, head_start=head_start,
+                   dropout_p=dropout_p, seed=seed)  # fmt: skip
+    _check("flash_attention", q_BTHD, k_BSKD, v_BSKD, sinks=sinks, lengths=lengths, **options)
+    serves = _has_kernel(q_BTHD, v_BSKD, alibi_slopes)
+    tensors = [x for x in (q_BTHD, k_BSKD, v_BSKD, sinks, *options.values()) if isinstance(x, torch.Tensor)]
+    if choose("flash_attention", impl, *tensors, triton=serves, native=True) == "triton":
+        longest = _longest(q_BTHD, k_BSKD, cu_seqlens, cu_seqlens_k, lengths, bias)
+        f = _features(q_BTHD, sinks=sinks, **options)
+        out, lse = _FlashAttention.apply(q_BTHD, k_BSKD, v_BSKD, sinks, bias, f, longest)
+        return (out, lse) if return_lse else out
+    return flash_attention_reference(q_BTHD, k_BSKD, v_BSKD, sinks=sinks, lengths=lengths, return_lse=return_lse, impl=impl, **options)
 
 
-def cost(shape, dtype, *, causal=True) -> tuple[int, int]:
-    """(bytes moved, FLOPs) of one forward for shape (B, T, S, H, K, D): each tensor once, masked pairs not counted."""
-    B, T, S, H, K, D = shape
-    pairs = sum(max(0, min(S, S - T + i + 1)) for i in range(T)) if causal else T * S
-    return B * (2 * T * H + 2 * S * K) * D * dtype.itemsize, 4 * B * H * pairs * D
+def attention_delta(grad_BTHD, out_BTHD, grad_lse_BHT=None, *, impl="auto"):
+    """What `flash_attention_backward` asks for beside the log-sum-exp: grad . out of each query and head, less the gradient of its log-sum-exp.
+
+    grad and out (B, T, H, Dv); returns (B, H, T) in fp32 (float64 for float64). Where keys are spread over devices, out is what they all made.
+    """
+    if grad_BTHD.shape != out_BTHD.shape or grad_BTHD.dim() != 4:
+        raise ValueError(f"attention_delta: grad {tuple(grad_BTHD.shape)} and out {tuple(out_BTHD.shape)} must be (B, T, H, Dv) alike")
+    if grad_lse_BHT is not None and grad_lse_BHT.shape != (out_BTHD.shape[0], out_BTHD.shape[2], out_BTHD.shape[1]):
+        raise ValueError(f"attention_delta: grad_lse {tuple(grad_lse_BHT.shape)} must be (B, H, T) of out {tuple(out_BTHD.shape)}")
+    tensors = [x for x in (grad_BTHD, out_BTHD, grad_lse_BHT) if x is not None]
+    if choose("attention_delta", impl, *tensors, triton=has_kernel(*tensors)) == "triton":
+        return delta_of(grad_BTHD, out_BTHD, grad_lse_BHT)
+    return attention_delta_reference(grad_BTHD, out_BTHD, grad_lse_BHT)
+
+
+def flash_attention_backward(grad_BTHD, q_BTHD, k_BSKD, v_BSKD, lse_BHT, delta_BHT, *, bias=None, lengths=None, dtype=None, impl="auto", **options):
+    """(grad_q, grad_k, grad_v, grad_bias or None) of attention to these keys, from a log-sum-exp and a delta over more keys than these.
+
+    For ring attention: keys and values go round, every rank calls this with those it holds and adds up the results. grad (B, T, H, Dv) is the
+    gradient of out; lse (B, H, T) the log-sum-exp over all keys; delta (B, H, T) that of `attention_delta`. `options` are those of
+    `flash_attention`, sinks apart, whose gradient is -(exp(sink - lse) * delta) summed over queries. Results are in `dtype`, or the dtype of
+    what each is the gradient of. Raises as `flash_attention` does.
+    """
+    _check("flash_attention_backward", q_BTHD, k_BSKD, v_BSKD, bias=bias, lengths=lengths, **options)
+    shape = (q_BTHD.shape[0], q_BTHD.shape[2], q_BTHD.shape[1])
+    for name, value, wanted in (("grad", grad_BTHD, (*q_BTHD.shape[:3], v_BSKD.shape[3])), ("lse", lse_BHT, shape), ("delta", delta_BHT, shape)):
+        if value.shape != wanted:
+            raise ValueError(f"flash_attention_backward: {name} {tuple(value.shape)} must be {wanted}")
+    if options.get("sinks") is not None:
+        raise ValueError("flash_attention_backward: sinks are part of lse already")
+    inputs = (grad_BTHD, q_BTHD, k_BSKD, v_BSKD, lse_BHT, delta_BHT)
+    tensors = [x for x in (*inputs, bias, *options.values()) if isinstance(x, torch.Tensor)]
+    serves = _has_kernel(q_BTHD, v_BSKD, None) and has_kernel(grad_BTHD)
+    if choose("flash_attention_backward", impl, *tensors, triton=serves) == "triton":
+        longest = _longest(q_BTHD, k_BSKD, options.get("cu_seqlens"), options.get("cu_seqlens_k"), lengths, bias)
+        f = _features(q_BTHD, bias=bias, **options)
+        lse_BHT, delta_BHT = (x.float().contiguous() for x in (lse_BHT, delta_BHT))
+        *grads, grad_bias = backward(
+            grad_BTHD.to(v_BSKD.dtype), q_BTHD, k_BSKD, v_BSKD, lse_BHT, delta_BHT, f, longest,
+            bias_shape=None if bias is None else f.bias.shape, dtype=dtype,
+        )  # fmt: skip
+        return *grads, None if bias is None else grad_bias.view(bias.shape)
+    *grads, grad_bias = flash_attention_backward_reference(*inputs, bias=bias, lengths=lengths, **options)
+    of = (q_BTHD, k_BSKD, v_BSKD)
+    return *(g.to(dtype or x.dtype) for g, x in zip(grads, of, strict=True)), None if bias is None else grad_bias.to(dtype or bias.dtype)
+
+
+def cost(shape, dtype, *, causal=True, window=None, lengths=None) -> tuple[int, int]:
+    """(bytes moved, FLOPs) of one forward for shape (B, T, S, H, K, D), or with Dv at the end: each tensor once, masked pairs not counted.
+
+    `lengths` are those of documents that T = S tokens of one batch entry hold.
+    """
+    B, T, S, H, K, D, W = (*shape, shape[5])[:7]
+
+    def seen(n):  # keys of all queries of a causal square of n
+        return max(0, n) * (n + 1) // 2
+
+    def pairs(t, s):
+        if not causal:
+            return t * s
+        hidden = 0 if window is None else seen(s - window) - seen(s - t - window)
+        return seen(s) - seen(s - t) - hidden
+
+    total = B * pairs(T, S) if lengths is None else sum(pairs(n, n) for n in lengths)
+    return B * (T * H + S * K) * (D + W) * dtype.itemsize, 2 * H * total * (D + W)

@@ -33,15 +33,31 @@ def jit(function=None, *, do_not_specialize: tuple[str, ...] = ()):
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """Run a kernel on a grid of programs, counted in `launches`; the first argument is a tensor on the device to run on.
 
-    `options` are the kernel's constexprs and num_warps, num_stages.
+    `options` are the kernel's constexprs and num_warps, num_stages; with SPECIALIZED it makes tensor descriptors, for which Triton asks
+    for memory.
     """
     launches[kernel.__name__] += 1
     device = arguments[0].device
+    if options.get("SPECIALIZED"):
+        triton.set_allocator(_scratch)  # of this thread: the backward runs in another
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, **options)
     else:
         with torch.cuda.device(device):
             kernel[grid](*arguments, **options)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory for a launch, as torch gives it: in the order of the stream, and aligned to 256 bytes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def architecture(device: torch.device) -> str:
+    """What kernels on the device are compiled for: "sm_90", "gfx942", ...; "interpreter" where Triton's interpreter runs them."""
+    if device.type == "cpu":
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
 
 
 @cache

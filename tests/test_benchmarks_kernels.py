@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from benchmarks import gpu, kernels, roofline, step
+from benchmarks.cases import Case
 from benchmarks.common import quantiles
-from benchmarks.kernel_cases import Case
 from benchmarks.roofline import H100, Board, Point, Roof, picture, roof_of, stated
 from nanotrain import environment
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from benchmarks import compile_gate
+from benchmarks.cases import results, upstream, wanted
 from benchmarks.compile_gate import occupancy
-from benchmarks.kernel_cases import CASES, results, select, upstream, wanted
+from benchmarks.kernel_cases import CASES, select
 from benchmarks.paper_gpu import TARGETS, paper_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +55,7 @@ BROKEN = '''
 import json
 import torch
 from benchmarks.compile_gate import TARGETS, compile_case, report
-from benchmarks.kernel_cases import Case
+from benchmarks.cases import Case
 from benchmarks.paper_gpu import paper_gpu
 from nanotrain.kernels.norm import rms_norm
 from nanotrain.kernels.runtime import jit, launch, tl, triton
@@ -182,7 +183,7 @@ CRASHES = """
 import os, signal, sys
 import torch
 from benchmarks import compile_gate
-from benchmarks.kernel_cases import Case
+from benchmarks.cases import Case
 from nanotrain.kernels.runtime import jit, launch, tl, triton
 
 

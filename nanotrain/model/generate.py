@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nanotrain.model.cache import Cache
+from nanotrain.model.cache import Cache, make_cache
 from nanotrain.model.native_decode import decoder
 from nanotrain.model.sampling import SamplingConfig, check_sampling, distribution, draw, penalised
 from nanotrain.model.transformer import Transformer
@@ -153,7 +153,8 @@ class Generator:
     def _run(self, requests: list[Row], reach: int) -> Iterator[Written]:
         waiting, self.reach = deque(requests), reach
         count, self.limit = min(self.rows, len(requests)), max(row.limit for row in requests)
-        self.cache, self.draft_cache = (Cache(count, self.limit + self.lookahead, width=1 + self.lookahead) for _ in range(2))
+        room = count, self.limit + self.lookahead
+        self.cache, self.draft_cache = (make_cache(self.device, *room, width=1 + self.lookahead) for _ in range(2))
         self.native = {model: decoder(model) for model in (self.model, self.draft) if model is not None}
         active: list[Row] = []
         while waiting or active:

@@ -54,6 +54,5 @@ def rope_frequencies(c, length: int = 0) -> tuple[torch.Tensor, float]:
 def alibi_slopes(heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """ALiBi's slope of each head (H,): powers of 2^(-8/n) for n heads a power of two, else interleaved with the next power's."""
     n = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)]
-    slopes += [2 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
-    return torch.tensor(slopes, device=device)
+    i = torch.arange(heads, device=device, dtype=torch.float64)  # made where they are used: to copy a list there, the host would wait
+    return torch.exp2(torch.where(i < n, -8 * (i + 1) / n, -4 * (2 * (i - n) + 1) / n)).float()

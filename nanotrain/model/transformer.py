@@ -222,7 +222,8 @@ class Attention(nn.Module):
         if cache is not None:
             return self.o_proj(cache.attend(self.layer, q, k, v, **options).reshape(B, T, -1))
         if dropout is not None and c.dropout:
-            starts = dropout.counters_BT[:, 0] if documents is None else dropout.counters_BT[0, documents["cu_seqlens"][:-1].long()]
+            firsts = None if documents is None else documents["cu_seqlens"][:-1].long().clamp(max=T - 1)  # one of no token may stand at the end
+            starts = dropout.counters_BT[:, 0] if documents is None else dropout.counters_BT[0, firsts]
             options.update(dropout_p=c.dropout, seed=mix_seed(dropout.seed, starts, self.layer))
         out = self.attend(q, k, v, head_start=self.head_start, **(documents or {}), **options)
         return self.o_proj(out.reshape(B, T, -1))

@@ -130,11 +130,14 @@ def _without_gaps(tensor: torch.Tensor) -> bool:
     return tensor.permute(order).is_contiguous()
 
 
-def check(op, reference, tensors: dict[str, torch.Tensor], kernels: dict[str, int], *, layout: str = "contiguous", changed: tuple[str, ...] = ()):
+def check(
+    op, reference, tensors: dict[str, torch.Tensor], kernels: dict[str, int], *, layout: str = "contiguous", changed: tuple[str, ...] = (), usual=None
+):
     """Fail unless op(**tensors) launches `kernels` {name: times} and agrees with reference(**tensors), forward and in every gradient.
 
     Gradients are taken of every floating-point tensor; the first output's upstream gradient lies in `layout`, others' in other ones. Inputs
-    named in `changed` are ones that the op may overwrite. Both functions return a tensor or a tuple of tensors.
+    named in `changed` are ones that the op may overwrite. `usual` computes in the tensors' dtype as PyTorch usually does, where the reference
+    computes in a wider one. Each function returns a tensor or a tuple of tensors.
     """
     kept = {name: tensor.clone() for name, tensor in tensors.items()}
     before = Counter(launches)
@@ -146,7 +149,7 @@ def check(op, reference, tensors: dict[str, torch.Tensor], kernels: dict[str, in
         assert name in changed or torch.equal(_bits(tensor), _bits(kept[name])), f"{name} was overwritten"
     wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
     exact, exact_grads = _run(reference, wide, layout, ups)[::2]
-    plain, plain_grads = _run(reference, kept, layout, ups)[::2]
+    plain, plain_grads = _run(usual or reference, kept, layout, ups)[::2]
     for index, (got, want, same) in enumerate(zip(outs, exact, plain, strict=True)):
         agree(got, want, same, f"output {index}")
     for name, got in grads.items():

@@ -1,372 +1,272 @@
-"""flash_attention against a few lines of float64 written from its definition, over the product of its features."""
+"""flash_attention's kernels against the reference, over pairs of features and more, forward and every gradient."""
 
-import math
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from nanotrain.kernels import attention
-from nanotrain.kernels.attention import EXAMPLES, flash_attention
-from nanotrain.kernels.random import philox
+from nanotrain.kernels import attention_backward, attention_configs, attention_forward
+from nanotrain.kernels.attention import EXAMPLES, attention_delta, flash_attention, flash_attention_backward
+from nanotrain.kernels.runtime import launches
 
-from tests.kernels.kit import DEVICE, check, on_gpu, values
+from tests.kernels.kit import DEVICE, DTYPES, LAYOUTS, agree, check, drawn, dtypes, far, layouts, on_gpu, place, poisoned, repeatable, seeds
 
-
-def oracle(
-    q,
-    k,
-    v,
-    *,
-    causal=True,
-    window=None,
-    softcap=None,
-    scale=None,
-    sinks=None,
-    alibi_slopes=None,
-    bias=None,
-    prefix_len=None,
-    q_start=None,
-    k_start=0,
-    head_start=0,
-    dropout_p=0.0,
-    seed=None,
-):
-    """One score at a time, in Python: slow and plain."""
-    B, T, H, D = q.shape
-    S, K = k.shape[1:3]
-    q_start = k_start + S - T if q_start is None else q_start
-    scale = D**-0.5 if scale is None else scale
-    out, lse = torch.zeros(B, T, H, v.shape[-1], dtype=q.dtype), torch.full((B, H, T), -math.inf, dtype=q.dtype)
-    for b in range(B):
-        for h in range(H):
-            for i in range(T):
-                scores, values = [], []
-                for j in range(S):
-                    row, column = q_start + i, k_start + j
-                    seen = not causal or (column <= row and (window is None or column > row - window))
-                    if prefix_len is not None and column < prefix_len[b]:
-                        seen = True
-                    if not seen:
-                        continue
-                    s = scale * (q[b, i, h] * k[b, j, h // (H // K)]).sum()
-                    s = s if softcap is None else softcap * torch.tanh(s / softcap)
-                    s = s if bias is None else s + bias.expand(B, H, T, S)[b, h, i, j]
-                    s = s if alibi_slopes is None else s - alibi_slopes[h] * abs(row - column)
-                    keep = 1.0
-                    if dropout_p:
-                        words = philox(seed, torch.tensor(column >> 2), row, head_start + h, 1)
-                        keep = float(words[column & 3] >= int(dropout_p * 2**32)) / (1 - dropout_p)
-                    scores.append(s)
-                    values.append(keep * v[b, j, h // (H // K)])
-                denominator = scores + ([] if sinks is None else [sinks[h]])
-                if not denominator:
-                    continue
-                lse[b, h, i] = torch.logsumexp(torch.stack(denominator), 0)
-                if scores:
-                    out[b, i, h] = (torch.exp(torch.stack(scores) - lse[b, h, i])[:, None] * torch.stack(values)).sum(0)
-    return out, lse
+KERNELS = dict.fromkeys((f"_attention_{name}_kernel" for name in ("forward", "delta", "keys_backward", "queries_backward")), 1)
+LONG = 3 if DEVICE.type == "cuda" else 1
+"""A GPU's tiles are larger: lengths are multiplied by this, so that documents have several of them there too."""
 
 
-def plain(q, k, v, *, causal=True, lengths=None):
-    """Attention inside documents of `lengths`, over whole matrices in the inputs' dtype with the softmax in fp32 at least."""
-    (_, T, H, D), (S, K) = q.shape, k.shape[1:3]
-    rows, columns = torch.arange(S - T, S)[:, None], torch.arange(S)
-    visible = columns <= rows if causal else torch.ones(T, S, dtype=torch.bool)
-    if lengths is not None:
-        document = torch.repeat_interleave(torch.tensor(lengths))
-        visible = visible & (document[:, None] == document)
-    scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(H // K, 2)) * D**-0.5
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~visible, -math.inf)
-    return torch.einsum("bhts,bshd->bthd", torch.softmax(scores, -1).to(q.dtype), v.repeat_interleave(H // K, 2))
+def attend(impl, **options):
+    """q, k, v and what else gets gradients -> out and the log-sum-exp, 0 where no key is seen."""
+
+    def call(q, k, v, **leaves):
+        out, lse = flash_attention(q, k, v, return_lse=True, impl=impl, **leaves, **options)
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+    return call
 
 
-def draw_inputs(B, T, S, H, K, D, Dv=None, seed=0, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((B, T, H, D), (B, S, K, D), (B, S, K, Dv or D)))
-    return [x.to(dtype).requires_grad_() for x in (q, k, v)]
+class Usual(torch.autograd.Function):
+    """The reference with the roundings of every flash attention, and of no kernel: its backward has no more than the log-sum-exp in fp32 and
+    outputs in the inputs' dtype."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, bias, options):
+        out, lse = flash_attention(q, k, v, sinks=sinks, bias=bias, return_lse=True, impl="reference", **options)
+        ctx.save_for_backward(q, k, v, sinks, bias, out, lse)
+        ctx.options = options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, grad_lse):
+        q, k, v, sinks, bias, out, lse = ctx.saved_tensors
+        delta = attention_delta(grad, out, grad_lse, impl="reference")
+        *grads, grad_bias = flash_attention_backward(grad, q, k, v, lse, delta, bias=bias, impl="reference", **ctx.options)
+        grad_sinks = None
+        if sinks is not None:
+            grad_sinks = -(torch.exp(sinks[:, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
+        return *grads, grad_sinks, grad_bias, None
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    shape=st.tuples(st.integers(1, 2), st.integers(1, 6), st.integers(1, 6), st.sampled_from([(1, 1), (2, 1), (4, 2)]), st.sampled_from([2, 5])),
-    causal=st.booleans(),
-    window=st.none() | st.integers(1, 5),
-    softcap=st.none() | st.just(2.0),
-    sinks=st.booleans(),
-    alibi=st.booleans(),
-    bias=st.booleans(),
-    prefix=st.booleans(),
-    v_width=st.sampled_from([None, 3]),
-    offset=st.none() | st.integers(-3, 4),
-    dropout=st.sampled_from([0.0, 0.3]),
-    small_blocks=st.booleans(),
-)
-def test_every_feature_and_gradient_equals_the_definition(
-    shape, causal, window, softcap, sinks, alibi, bias, prefix, v_width, offset, dropout, small_blocks
-):
-    B, T, S, (H, K), D = shape
-    q, k, v = draw_inputs(B, T, S, H, K, D, v_width)
-    options = dict(causal=causal, softcap=softcap, dropout_p=dropout, seed=7 if dropout else None, head_start=3, k_start=5)
-    if offset is not None:
-        options["q_start"] = 5 + offset
-    if causal and window is not None:
-        options["window"] = window
-    if causal and prefix:
-        options["prefix_len"] = torch.tensor([6, 7][:B])
-    leaves = [q, k, v]
+def usual(q, k, v, sinks=None, bias=None, *, options):
+    out, lse = Usual.apply(q, k, v, sinks, bias, options)
+    return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def normal(shape, seed, dtype=torch.float32):
+    """Normal numbers. Were some rows larger than others, which way a few log-sum-exps are rounded would decide over the whole error."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def run(shape, dtype, layout="contiguous", *, sinks=False, bias=None, draw=0, kernels=KERNELS, **options):
+    """Check a call of shape (B, T, S, H, K, D, Dv) with these options."""
+    B, T, S, H, K, D, W = shape
+    tensors = {name: normal(s, draw + i, dtype) for i, (name, s) in enumerate((("q", (B, T, H, D)), ("k", (B, S, K, D)), ("v", (B, S, K, W))))}
     if sinks:
-        options["sinks"] = torch.linspace(-1, 1, H, dtype=torch.float64).requires_grad_()
-        leaves.append(options["sinks"])
-    if alibi:
-        options["alibi_slopes"] = torch.linspace(0.1, 0.5, H, dtype=torch.float64)
-    if bias:
-        options["bias"] = torch.randn(1, H, T, S, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        leaves.append(options["bias"])
-    expected, expected_lse = oracle(q, k, v, **options)
-    size = attention._SCORES
-    try:
-        attention._SCORES = 1 if small_blocks else size
-        out, lse = flash_attention(q, k, v, return_lse=True, **options)
-    finally:
-        attention._SCORES = size
-    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(flash_attention(q, k, v, **options), expected, rtol=1e-10, atol=1e-10)
-    up = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    up_lse = torch.randn(lse.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    finite = torch.isfinite(expected_lse)
-
-    def total(o, e):
-        return (o * up).sum() + torch.where(finite, e, 0.0).mul(up_lse).sum()
-
-    if not total(expected, expected_lse).requires_grad:  # no query sees any key
-        return
-    want = torch.autograd.grad(total(expected, expected_lse), leaves, allow_unused=True)
-    got = torch.autograd.grad(total(out, lse), leaves, allow_unused=True)
-    for g, w in zip(got, want, strict=True):
-        w = torch.zeros_like(g) if w is None else w
-        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-9)
+        tensors["sinks"] = normal((H,), draw + 3, dtype)
+    if bias is not None:
+        tensors["bias"] = normal(bias, draw + 4, dtype)
+        kernels = kernels | {"_attention_bias_backward_kernel": 1}
+    placed = {name: place(t, layout if t.dim() > 1 else "contiguous") for name, t in tensors.items()}
+    check(attend("triton", **options), attend("reference", **options), placed, kernels, layout=layout, usual=partial(usual, options=options))
 
 
-@pytest.mark.parametrize("B,T,S,H,K,D", EXAMPLES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_error_is_within_twice_that_of_plain_attention_in_the_same_dtype(B, T, S, H, K, D, dtype):
-    q, k, v = draw_inputs(B, T, S, H, K, D, dtype=dtype)
-    exact = plain(*(x.detach().double() for x in (q, k, v)))
-    error = (flash_attention(q, k, v).double() - exact).abs().max()
-    assert error <= 2 * (plain(q, k, v).double() - exact).abs().max() + 1e-7
+FEATURES = {
+    "full": dict(causal=False),
+    "window": dict(window=13 * LONG),
+    "softcap": dict(softcap=3.0),
+    "scale": dict(scale=-0.3),
+    "sinks": dict(sinks=True, key_heads=24, length=10),  # heads enough that their errors are no matter of luck
+    "slopes": dict(slopes="H"),
+    "slopes of each": dict(batch=2, slopes="BH"),
+    "bias": dict(bias="HTS"),
+    "bias of rows": dict(batch=2, bias="BT1"),
+    "prefix": dict(batch=2, prefix=True),
+    "offsets": dict(offsets=True),
+    "dropout": dict(batch=2, dropout_p=0.3),
+    "documents": dict(documents=True, length=37),
+    "shorter": dict(shorter=True, length=37),
+    "groups": dict(group=3, key_heads=1),
+    "wide": dict(widths=(80, 48)),
+}
+"""What can be switched on; two at a time are tried with each other."""
+
+PAIRS = [
+    (a, b) for i, a in enumerate(FEATURES) for b in list(FEATURES)[i + 1 :]
+    if {a, b} not in ({"full", "window"}, {"full", "prefix"}, {"slopes", "slopes of each"}, {"bias", "bias of rows"})
+]  # fmt: skip
 
 
-def offsets(lengths):
-    """cu_seqlens of documents of these lengths."""
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+def features(
+    dtype, layout="contiguous", *, draw=0, batch=1, group=1, widths=(16, 16), length=37, shorter=False, documents=False, slopes=None, bias=None,
+    prefix=False, offsets=False, dropout_p=0.0, sinks=False, key_heads=2, **options,
+):  # fmt: skip
+    """Check a call with features by their names here, on a batch, or on five documents, one of no token and one of one."""
+    T, S, H = length * LONG, (length + 21) * LONG, key_heads * group
+    n = batch
+    if documents:
+        lengths_q, lengths_k = [T - 20 * LONG, 0, 1, 19 * LONG, 7], [S - 25 * LONG, 5, 2, 20 * LONG, 0]
+        n, T, S = 5, sum(lengths_q), sum(lengths_k)
+        cut = {"cu_seqlens": lengths_q} | ({} if shorter else {"cu_seqlens_k": lengths_k})
+        for name, lengths in cut.items():
+            options[name] = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
+        S = T if shorter else S
+        t, s = max(lengths_q), max(lengths_q if shorter else lengths_k)
+    else:
+        S = length * LONG - 17 if shorter else S  # the first queries see no key
+        t, s = T, S
+    if offsets:
+        options |= dict(k_start=5, q_start=5 + s - t + 3, head_start=7)
+    if slopes:
+        options["alibi_slopes"] = torch.linspace(0.02, 0.3, n * H, device=DEVICE).view(n, H)[slice(None) if slopes == "BH" else 0]
+    if prefix:
+        options["prefix_len"] = torch.arange(n, device=DEVICE) * 9 * LONG
+    if dropout_p:
+        options |= dict(dropout_p=dropout_p, seed=torch.arange(n, device=DEVICE) * 2**33 + draw)
+    shape = {None: None, "HTS": (1, H, t, s), "BT1": (n, 1, t, 1)}[bias]
+    run((1 if documents else batch, T, S, H, key_heads, *widths), dtype, layout, sinks=sinks, bias=shape, draw=draw, **options)
 
 
-def result_and_gradients(function, inputs, **options):
-    """(out, gradients of q, k, v) under one non-uniform upstream, and whether the path that keeps its probabilities ran."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = function(*leaves, **options)
-    up = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-    nodes, waiting = set(), [out.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        nodes.add(node.name())
-        waiting += [parent for parent, _ in node.next_functions if parent is not None]
-    return (out.detach(), *torch.autograd.grad(out, leaves, up)), "_CausalBackward" in nodes
+@pytest.mark.parametrize("a,b", PAIRS)
+def test_pairs_of_features(a, b):
+    number = PAIRS.index((a, b))
+    features(DTYPES[number % len(DTYPES)], LAYOUTS[number // 2 % len(LAYOUTS)], draw=number, **FEATURES[a] | FEATURES[b])
 
 
-LAYOUTS = [(5, None), (5, [1, 3, 1]), (129, None), (129, [1, 128]), (300, None), (300, [1, 129, 170])]
-"""Rows of T tokens, short of and across the causal path's blocks of 128 queries; or packed documents that make them up."""
+@given(data=st.data(), dtype=dtypes, layout=layouts, draw=seeds)
+@drawn(15)
+def test_shapes_and_features_at_random(data, dtype, layout, draw):
+    """Any features together, odd shapes: rows of one token, more queries than keys, head dims of any width, no key for some queries."""
+    chosen = data.draw(st.sets(st.sampled_from(sorted(FEATURES)), max_size=5))
+    options = {}
+    for name in sorted(chosen):
+        options |= FEATURES[name]
+    if options.get("causal") is False:
+        options = {name: value for name, value in options.items() if name not in ("window", "prefix")}
+    options |= dict(widths=data.draw(st.tuples(*[st.sampled_from((16, 24, 33, 80, 96))] * 2)), length=data.draw(st.integers(22, 40)))
+    features(dtype, layout, draw=draw, **options)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 16, 16), (2, 1, 40, 2, 1, 16, 16), (1, 40, 1, 2, 2, 16, 16), *((*s, s[-1]) for s in EXAMPLES)])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("T,lengths", LAYOUTS)
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "fused"])
-def test_plain_attention_and_its_gradients_equal_the_definition(T, lengths, causal, kept, monkeypatch):
-    if not kept:
-        monkeypatch.setattr(attention, "_SCORES", 0)  # every row counts as long
-    inputs = draw_inputs(1, T, T, 4, 2, 8)
-    packed = {} if lengths is None else {"cu_seqlens": offsets(lengths)}
-    got, took = result_and_gradients(flash_attention, inputs, causal=causal, **packed)
-    want, _ = result_and_gradients(plain, inputs, causal=causal, lengths=lengths)
-    assert took == kept
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
-    if T == 5 and lengths is None:  # that definition over matrices is the one of single scores
-        torch.testing.assert_close(want[0], oracle(*inputs, causal=causal)[0])
+def test_rows_of_one_token_and_examples(shape, causal):
+    run(shape, DTYPES[sum(shape) % len(DTYPES)], causal=causal)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("T,lengths", LAYOUTS)
-@pytest.mark.parametrize("sharpness", [1.0, 4.0])
-def test_gradients_err_within_twice_those_of_plain_attention_in_the_same_dtype(T, lengths, dtype, sharpness):
-    q, k, v = draw_inputs(1, T, T, 16, 8, 64, dtype=dtype)  # heads enough that the shortest rows' errors are no matter of luck
-    q = q * sharpness
-    packed = {} if lengths is None else {"cu_seqlens": offsets(lengths)}
-    (got, took), (same, _) = result_and_gradients(flash_attention, (q, k, v), **packed), result_and_gradients(plain, (q, k, v), lengths=lengths)
-    exact, _ = result_and_gradients(plain, [x.double() for x in (q, k, v)], lengths=lengths)
-    assert took
-    for g, s, e in zip(got, same, exact, strict=True):
-        assert (g.double() - e).norm() <= 2 * (s.double() - e).norm()
-
-
-def test_scores_are_not_rounded():
-    """Equal large scores beyond fp16, and bf16 scores of about 20: an error of their own rounding would be 0.08 in the exponent."""
-    x = torch.full((1, 8, 1, 64), 40.0, dtype=torch.float16)
-    torch.testing.assert_close(flash_attention(x, x, x), x)
-    q, k, v = draw_inputs(1, 128, 128, 4, 4, 64, dtype=torch.bfloat16)
-    q = q * 8
-    exact = plain(q.double(), k.double(), v.double())
-    assert (flash_attention(q, k, v).double() - exact).norm() < 2**-8 * exact.norm()
-
-
-@pytest.mark.parametrize("shape", [(), (20,), (1, 1, 1, 1), (1, 1, 1, 20), (1, 1, 20, 1), (2, 1, 20, 20), (4, 20, 20), (2, 4, 1, 20)])
-@pytest.mark.parametrize("window", [None, 2])
-def test_a_bias_is_broadcast_in_every_block(shape, window, monkeypatch):
-    monkeypatch.setattr(attention, "_SCORES", 1)  # blocks of 16 queries
-    q, k, v = draw_inputs(2, 20, 20, 4, 2, 8)
-    bias = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    results = []
-    for tensor in (bias, bias.expand(2, 4, 20, 20).contiguous()):
-        out = flash_attention(q, k, v, bias=tensor, window=window)
-        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))))
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("shape", [(4, 2, 5, 5), (1, 2, 6, 7), (4, 1, 1, 1), (4, 1, 5, 1), (2, 5, 5), (1, 5)])
-def test_a_bias_is_picked_for_each_packed_document(shape):
-    lengths = [3, 1, 5, 3]
-    q, k, v = draw_inputs(1, 12, 12, 2, 2, 8)
-    bias = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    packed = flash_attention(q, k, v, bias=bias, cu_seqlens=offsets(lengths))
-    alone = []
-    for n, (length, *inputs) in enumerate(zip(lengths, *(x.split(lengths, 1) for x in (q, k, v)), strict=True)):
-        own = torch.broadcast_to(bias, (4, 2, max(5, *shape[-2:-1]), max(5, shape[-1])))[n : n + 1, :, :length, :length]
-        alone.append(flash_attention(*inputs, bias=own))
-    torch.testing.assert_close(packed, torch.cat(alone, 1))
-
-
-@pytest.mark.parametrize("features", [{}, {"window": 3}, {"softcap": 1.5}, {"dropout_p": 0.4}])
-def test_packed_documents_equal_each_alone(features):
-    lengths = [3, 1, 5, 3, 4]
-    q, k, v = draw_inputs(1, sum(lengths), sum(lengths), 4, 2, 8)
-    cu_seqlens = offsets(lengths)
-    seeds = torch.arange(10, 10 + len(lengths)) if "dropout_p" in features else None
-    packed, lse = flash_attention(q, k, v, cu_seqlens=cu_seqlens, seed=seeds, return_lse=True, **features)
-    outs, lses, first = [], [], 0
-    for n, length in enumerate(lengths):
-        part = slice(first, first + length)
-        out, e = flash_attention(q[:, part], k[:, part], v[:, part], seed=None if seeds is None else int(seeds[n]), return_lse=True, **features)
-        outs.append(out)
-        lses.append(e)
-        first += length
-    torch.testing.assert_close(packed, torch.cat(outs, 1))
-    torch.testing.assert_close(lse, torch.cat(lses, -1))
-
-
-def test_ring_blocks_merge_by_log_sum_exp():
-    q, k, v = draw_inputs(1, 8, 8, 2, 2, 4)
-    whole = flash_attention(q, k, v)
-    parts = [flash_attention(q, k[:, s : s + 4], v[:, s : s + 4], q_start=0, k_start=s, return_lse=True) for s in (0, 4)]
-    lse = torch.logsumexp(torch.stack([e for _, e in parts]), 0)
-    merged = sum(o * torch.exp(e - lse).transpose(1, 2)[..., None] for o, e in parts)
-    torch.testing.assert_close(merged, whole)
-    (merged.square().sum()).backward()
-    assert torch.isfinite(q.grad).all()
+@pytest.mark.parametrize("D,W", [(128, 128), (192, 128), (256, 256), (160, 96), (16, 8)])
+def test_head_dims(D, W):
+    run((1, 40 * LONG, 40 * LONG, 2, 1, D, W), DTYPES[D % 3 % len(DTYPES)])
 
 
 def test_a_query_that_sees_no_key_gives_zeros_and_zero_gradients():
-    q, k, v = draw_inputs(1, 4, 2, 1, 1, 4)
-    out, lse = flash_attention(q, k, v, q_start=-2, return_lse=True)
-    assert (out[:, :2] == 0).all() and (lse[..., :2] == -math.inf).all()
-    out.sum().backward()
-    assert (q.grad[:, :2] == 0).all() and torch.isfinite(q.grad).all() and torch.isfinite(k.grad).all()
+    q, k, v = (normal(s, i).requires_grad_() for i, s in enumerate(((1, 50, 2, 16), (1, 20, 2, 16), (1, 20, 2, 16))))
+    with poisoned():
+        out, lse = flash_attention(q, k, v, return_lse=True, impl="triton")
+        grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), torch.full_like(lse, torch.nan).masked_fill(lse.isfinite(), 1.0)))
+    assert (out[:, :30] == 0).all() and (lse[..., :30] == -torch.inf).all() and lse[..., 30:].isfinite().all()
+    assert (grads[0][:, :30] == 0).all() and all(g.isfinite().all() for g in grads)
 
 
-def test_long_inputs_never_hold_all_scores():
-    q, k, v = draw_inputs(1, 3000, 3000, 1, 1, 4, dtype=torch.float32)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            for r in result if isinstance(result, (tuple, list)) else [result]:
-                largest = max(largest, r.numel()) if isinstance(r, torch.Tensor) else largest
-            return result
-
-    bias = torch.zeros(1, 1, 1, 3000, requires_grad=True)
-    with Watch():
-        flash_attention(q, k, v, softcap=5.0, bias=bias).sum().backward()
-    assert largest <= attention._SCORES < 3000 * 3000
+@pytest.mark.parametrize("T,S", [(0, 5), (5, 0), (0, 0)])
+def test_no_queries_or_no_keys(T, S):
+    q, k, v = (normal(s, i).requires_grad_() for i, s in enumerate(((2, T, 2, 16), (2, S, 2, 16), (2, S, 2, 16))))
+    out, lse = flash_attention(q, k, v, return_lse=True, impl="triton")
+    assert out.shape == q.shape and (out == 0).all() and (lse == -torch.inf).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))
 
 
-def test_lengths_that_the_host_knows_change_nothing():
-    q, k, v = draw_inputs(1, 9, 9, 2, 1, 4)
-    offsets = torch.tensor([0, 2, 2, 9])
-    assert torch.equal(flash_attention(q, k, v, cu_seqlens=offsets, lengths=(2, 0, 7)), flash_attention(q, k, v, cu_seqlens=offsets))
+def test_only_what_is_asked_for_is_computed():
+    q, k, v = (normal((1, 40, 2, 16), i) for i in range(3))
+    for wanted, kernels in ((q, {"_attention_queries_backward_kernel"}), (k, {"_attention_keys_backward_kernel"})):
+        wanted.requires_grad_()
+        out = flash_attention(q, k, v, impl="triton")
+        before = Counter(launches)
+        torch.autograd.grad(out, wanted, torch.ones_like(out))
+        assert set(launches - before) == kernels | {"_attention_delta_kernel"}
+        wanted.requires_grad_(False)
+
+
+def test_the_bits_of_gradients_repeat():
+    q, k, v = (normal((2, 40 * LONG, 2, 16), i, torch.float16).requires_grad_() for i in range(3))
+    bias = normal((1, 2, 40 * LONG, 40 * LONG), 3, torch.float16).requires_grad_()
+
+    def gradients():
+        out = flash_attention(q, k, v, bias=bias, dropout_p=0.2, seed=3, impl="triton")
+        return torch.autograd.grad(out, (q, k, v, bias), torch.ones_like(out))
+
+    repeatable(gradients, 2)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_rows_further_apart_than_32_bits_reach(name):
+    tensors = {n: normal((3, 5, 2, 16), i, torch.float16) for i, n in enumerate("qkv")}
+    tensors[name] = far(tensors[name])
+    moved = {n: t.transpose(0, 1) for n, t in tensors.items()}  # rows of the sequence lie far apart
+    check(attend("triton"), attend("reference"), moved, KERNELS, usual=partial(usual, options={}))
+
+
+def test_ring_blocks_add_up():
+    """Keys in two halves, each with its own offset: outputs merge by log-sum-exp, gradients of each from the whole's add up."""
+    q, k, v, up = (normal((1, 40, 2, 16), i) for i in range(4))
+    whole, lse = flash_attention(q, k, v, return_lse=True, impl="triton")
+    halves = [(k[:, s : s + 20], v[:, s : s + 20], dict(q_start=0, k_start=s)) for s in (0, 20)]
+    parts = [flash_attention(q, *kv, return_lse=True, impl="triton", **o) for *kv, o in halves]
+    merged = torch.logsumexp(torch.stack([part for _, part in parts]), 0)
+    torch.testing.assert_close(merged, lse)
+    torch.testing.assert_close(sum(out * torch.exp(part - merged).transpose(1, 2)[..., None] for out, part in parts), whole)
+    delta = attention_delta(up, whole, impl="triton")
+    rounds = [flash_attention_backward(up, q, *kv, merged, delta, impl="triton", dtype=torch.float32, **o) for *kv, o in halves]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    want = torch.autograd.grad(flash_attention(*leaves, impl="reference"), leaves, up)
+    got = (sum(r[0] for r in rounds), *(torch.cat([r[i] for r in rounds], 1) for i in (1, 2)))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+
+
+def test_both_ways_of_reading_are_taken():
+    """Whole rows by descriptors and specialized warps, all else by addresses: the tests above have both."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = attention_configs.config
+        for module in (attention_forward, attention_backward):
+            patch.setattr(module, "config", lambda *a: found.append(real(*a)) or found[-1])
+        for width, layout in ((16, "contiguous"), (20, "contiguous"), (16, "sliced")):
+            q, k, v = (place(normal((1, 40, 2, width), i), layout).requires_grad_() for i in range(3))
+            flash_attention(q, k, v, impl="triton").backward(normal(q.shape, 3))
+    if DEVICE.type == "cpu" or torch.cuda.get_device_capability() == (9, 0):
+        assert [c.specialized for c in found] == [True] * 3 + [False] * 6
 
 
 @on_gpu
-@pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("K,D", [(4, 64), (2, 40)])
-def test_packed_documents_on_a_gpu(window, K, D):
-    """What torch ships serves there until this operation has a kernel: documents of no token, one token and many, bf16."""
-    T, H = 333, 4
-    tensors = {name: values((1, T, heads, D), seed, torch.bfloat16) for name, heads, seed in (("q", H, 1), ("k", K, 2), ("v", K, 3))}
-    offsets = torch.tensor([0, 1, 1, 70, 200, T, T, T], dtype=torch.int32, device=DEVICE)
-
-    def attend(impl):
-        return lambda q, k, v: flash_attention(q, k, v, window=window, cu_seqlens=offsets, impl=impl)
-
-    check(attend("auto"), attend("reference"), tensors, {})
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        (dict(window=0), "window=0"),
-        (dict(causal=False, window=3), "causal=True"),
-        (dict(dropout_p=0.5), "needs a seed"),
-        (dict(dropout_p=1.0, seed=1), "dropout_p=1.0"),
-        (dict(cu_seqlens_k=torch.tensor([0, 1])), "cu_seqlens_k without"),
-        (dict(impl="fast"), "impl='fast'"),
-        (dict(softcap=0.0), "softcap=0.0"),
-        (dict(sinks=torch.zeros(2)), r"sinks \(2,\) must be \(1,\)"),
-        (dict(alibi_slopes=torch.zeros(2, 1)), r"alibi_slopes \(2, 1\) must be \(1,\) or \(1, 1\)"),
-        (dict(prefix_len=torch.tensor([1, 2])), "prefix_len"),
-        (dict(dropout_p=0.5, seed=torch.tensor([1, 2])), "seed"),
-        (dict(bias=torch.zeros(2, 1, 1, 1)), r"bias .* does not broadcast to \(1, 1, 3, 3\)"),
-        (dict(bias=torch.zeros(2)), "bias .* does not broadcast"),
-        (dict(cu_seqlens=torch.tensor([0, 1])), r"cu_seqlens must rise from 0 to the 3 tokens held, got \[0, 1\]"),
-        (dict(cu_seqlens=torch.tensor([0, 4, 3])), "cu_seqlens must rise"),
-        (dict(cu_seqlens=torch.tensor([0, 3]), cu_seqlens_k=torch.tensor([0, 1])), "cu_seqlens_k must rise"),
-        (dict(cu_seqlens=torch.tensor([0, 1, 3]), lengths=(1, 1)), "2 lengths of 2 tokens do not fit cu_seqlens of 2 documents, 3 tokens"),
-        (dict(cu_seqlens=torch.tensor([0, 1, 3]), lengths=(3,)), "1 lengths of 3 tokens do not fit"),
-        (dict(cu_seqlens=torch.tensor([0, 3]), cu_seqlens_k=torch.tensor([0, 1, 3])), "1 documents, cu_seqlens_k 2"),
-        (dict(cu_seqlens=torch.tensor([0, 1, 3]), bias=torch.zeros(3, 1, 1, 1)), "bias .* does not broadcast"),
-        (dict(cu_seqlens=torch.tensor([0, 3]), bias=torch.zeros(2, 3)), "bias .* does not reach the longest document, 3 x 3"),
-    ],
-)
-def test_bad_arguments_are_named(change, message):
-    q, k, v = draw_inputs(1, 3, 3, 1, 1, 4)
-    with pytest.raises(ValueError, match=message):
-        flash_attention(q, k, v, **change)
+@pytest.mark.parametrize("D", [64, 128])
+def test_long_rows(D):
+    """128k tokens, against torch's own."""
+    q, k, v = (normal((1, 1 << 17, h, D), i, torch.bfloat16).requires_grad_() for i, h in enumerate((4, 1, 1)))
+    out = flash_attention(q, k, v)
+    up = normal(out.shape, 4, torch.bfloat16)
+    wide = [x.detach().repeat_interleave(4 // x.shape[2], 2).transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
+    grads = torch.autograd.grad(out, (q, k, v), up)
+    wants = torch.autograd.grad(want, wide, up.transpose(1, 2))
+    pairs = [(out, want.transpose(1, 2)), *((g, w.transpose(1, 2).unflatten(2, (g.shape[2], -1)).sum(3)) for g, w in zip(grads, wants, strict=True))]
+    for got, exact in pairs:
+        assert (got.double() - exact.double()).norm() <= 1e-2 * exact.double().norm()
+    repeatable(lambda: torch.autograd.grad(flash_attention(q, k, v), (q, k, v), up), 1)
 
 
-def test_bad_shapes_are_named():
-    q, k, v = draw_inputs(2, 3, 3, 4, 2, 4)
-    with pytest.raises(ValueError, match="do not fit"):
-        flash_attention(q, k[:, :2], v)
-    with pytest.raises(ValueError, match="no multiple"):
-        flash_attention(q[:, :, :3], k, v)
-    with pytest.raises(ValueError, match="dtypes differ"):
-        flash_attention(q.float(), k, v)
-    with pytest.raises(ValueError, match="floating point"):
-        flash_attention(q.long(), k.long(), v.long())
-    with pytest.raises(ValueError, match="B must be 1"):
-        flash_attention(q, k, v, cu_seqlens=torch.tensor([0, 3]))
-    with pytest.raises(RuntimeError, match="no Triton kernel"):
-        flash_attention(q, k, v, impl="triton")
+@on_gpu
+def test_flex_attention_agrees():
+    """An implementation by others, with a soft cap and a window."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k, v = (normal((2, 700, 4, 64), i, torch.bfloat16) for i in range(3))
+    mask = create_block_mask(lambda b, h, i, j: (j <= i) & (j > i - 100), None, None, 700, 700)
+    flex = torch.compile(flex_attention)
+    want = flex(*(x.transpose(1, 2) for x in (q, k, v)), score_mod=lambda s, b, h, i, j: 20 * torch.tanh(s / 20), block_mask=mask)
+    got = flash_attention(q, k, v, window=100, softcap=20.0)
+    exact = flash_attention(*(x.double() for x in (q, k, v)), window=100, softcap=20.0)
+    agree(got, exact, want.transpose(1, 2), "out")

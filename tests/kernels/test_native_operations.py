@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanotrain.kernels import attention, runtime, token_loss
+from nanotrain.kernels import attention_reference, runtime, token_loss
 from nanotrain.kernels.attention import flash_attention
 from nanotrain.kernels.cpu import call
 from nanotrain.kernels.gated import geglu, swiglu
@@ -247,8 +247,8 @@ def large(dtype):
 
     def softmax(first, shape):
         scores = 3 * normal(*shape).float()
-        p = attention._softmax(scores.clone(), 0.3, first, dtype, True)
-        return [p, attention._softmax_backward(scores.clone(), p, 0.3, True)]
+        p = attention_reference._softmax(scores.clone(), 0.3, first, dtype, True)
+        return [p, attention_reference._softmax_backward(scores.clone(), p, 0.3, True)]
 
     def losses():
         z, logprobs = rows.clone(), torch.empty(130)
@@ -299,7 +299,7 @@ def test_results_are_rounded_once(op):
 
 def test_probabilities_and_logit_gradients_are_rounded_once():
     scores, labels, factors = normal(2, 30, 41).float(), torch.arange(60) % 41, torch.linspace(-1, 1, 60)
-    for narrow, wide in zip(*([attention._softmax(scores.clone(), 0.5, 11, d, True)] for d in reversed(DTYPES)), strict=True):
+    for narrow, wide in zip(*([attention_reference._softmax(scores.clone(), 0.5, 11, d, True)] for d in reversed(DTYPES)), strict=True):
         assert torch.equal(narrow, wide.bfloat16())
     z = scores.view(60, 41).bfloat16()
     made = []
@@ -338,7 +338,7 @@ def test_nan_and_infinity_spread_as_in_the_reference(name, value, dtype):
 def test_scores_of_minus_infinity_are_probability_0_and_a_row_of_them_is_nan():
     scores = normal(1, 2, 40).float()
     scores[0, 0, 3:30], scores[0, 1] = -math.inf, -math.inf
-    p = attention._softmax(scores.clone(), 1.0, None, torch.float32, True)
+    p = attention_reference._softmax(scores.clone(), 1.0, None, torch.float32, True)
     torch.testing.assert_close(p, torch.softmax(scores, -1), equal_nan=True)
     assert (p[0, 0, 3:30] == 0).all() and torch.isnan(p[0, 1]).all()
 
@@ -476,7 +476,7 @@ def test_arguments_that_it_does_not_know_are_left_to_the_reference(function):
 
 
 def test_rows_too_long_to_keep_are_no_native_attention(monkeypatch):
-    monkeypatch.setattr(attention, "_SCORES", 31)
+    monkeypatch.setattr(attention_reference, "_SCORES", 31)
     with took(path="reference"):
         flash_attention(q, q, q)
         with pytest.raises(RuntimeError, match="no C"):

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from nanotrain.kernels import runtime
+from nanotrain.kernels import attention_configs, runtime
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +23,10 @@ from nanotrain.model.transformer import ModelConfig
 from nanotrain.optim import OptimConfig, Optimizer
 from nanotrain.stages.pretrain import step
 
-KERNELS = ("norm", "rotary", "gated", "dropout", "lookup", "optimizers", "multi_tensor", "adafactor", "orthogonal")
+KERNELS = (
+    "attention_forward", "attention_backward", "norm", "rotary", "gated", "dropout", "lookup", "optimizers", "multi_tensor", "adafactor",
+    "orthogonal",
+)  # fmt: skip
 
 
 class NoTransfers(TorchDispatchMode):
@@ -59,8 +62,9 @@ def launched(model: ModelConfig, optim: OptimConfig, *, dtype=torch.bfloat16, ba
             module = importlib.import_module(f"nanotrain.kernels.{name}")
             if hasattr(module, "launch"):
                 stack.enter_context(mock.patch.object(module, "launch", lambda kernel, *_, **__: found.update([kernel.__name__])))
-        for module in (runtime, importlib.import_module("nanotrain.kernels.attention")):
-            stack.enter_context(mock.patch.object(module, "on_gpu", lambda device: device.type == "meta"))
+        stack.enter_context(mock.patch.object(runtime, "on_gpu", lambda device: device.type == "meta"))
+        # What kernels are compiled for is asked of Triton's driver, which there is none of here.
+        stack.enter_context(mock.patch.object(attention_configs, "architecture", lambda device: "sm_90"))
         config = replace(model, vocab_size=96).resolved(frozenset(ModelConfig.__dataclass_fields__))
         net = meta_model(config).to(dtype)
         net.rotary_tables(64, torch.device("meta"))  # made once in a run
@@ -82,7 +86,10 @@ QWEN = replace(LLAMA, qk_norm=True, norm_position="sandwich", activation="geglu"
 GPT2 = replace(LLAMA, kv_heads=2, norm="layer", bias=True, positions="learned", activation="gelu", tied=True)
 
 
-LAYERS = {"_norm_forward_kernel": 5, "_norm_backward_kernel": 5, "_rope_kernel": 4, "_gated_forward_kernel": 2, "_gated_backward_kernel": 2}
+ATTENTION = {f"_attention_{part}_kernel": 2 for part in ("forward", "delta", "keys_backward", "queries_backward")}
+LAYERS = ATTENTION | {
+    "_norm_forward_kernel": 5, "_norm_backward_kernel": 5, "_rope_kernel": 4, "_gated_forward_kernel": 2, "_gated_backward_kernel": 2,
+}  # fmt: skip
 ALWAYS = {"_embedding_backward_kernel": 1, "_square_sum_kernel": 1, "_norm_kernel": 1}
 ADAFACTOR = ("_adafactor_sums_kernel", "_adafactor_moments_kernel", "_adafactor_norms_kernel", "_adafactor_apply_kernel")
 # Newton-Schulz makes two symmetric products in each of five steps, for the four shapes of LLAMA's matrices.
@@ -114,12 +121,12 @@ def test_dropout_and_learned_positions():
 
 @pytest.mark.parametrize(
     "change",
-    [dict(attention_softcap=30.0, logit_softcap=20.0, window=9, window_pattern="sf"), dict(positions="alibi"), dict(head_dim=12),
-     dict(recompute="full")],
+    [dict(attention_softcap=30.0, logit_softcap=20.0, window=9, window_pattern="sf"), dict(positions="alibi", dropout=0.1),
+     dict(head_dim=12), dict(recompute="full")],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_nothing_waits_whatever_the_attention(change, dtype):
-    """Where torch's attention serves no such thing, the reference takes the documents' lengths from the host."""
     found = launched(replace(LLAMA, **change), OptimConfig(), dtype=dtype)
     assert found["_norm_backward_kernel"] == 5 and found["_adamw_kernel"] == 1
+    assert {name: found[name] for name in ATTENTION} == ATTENTION | ({"_attention_forward_kernel": 4} if "recompute" in change else {})

@@ -1,0 +1,153 @@
+"""Tiles, warps and stages of the attention kernels by architecture, dtype, head dim and length: tables, so that nothing is tried out in a step.
+
+Taken from what the compilers make of them, none of it yet timed: of the tiles that keep everything in registers the largest, for a tile of M
+queries and N keys reads M + N rows for M N scores. On Hopper the copy engine feeds the tiles (descriptors), and warps are specialized, some to
+copy and some to multiply, wherever the compiler can do that and rows lie as the copy engine reads them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from nanotrain.kernels.attention_tiles import Features, parts
+from nanotrain.kernels.runtime import architecture
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled."""
+
+    block_m: int
+    """Queries of a tile."""
+    block_n: int
+    """Keys of a tile."""
+    warps: int
+    stages: int
+    specialized: bool = False
+    """Rows come through tensor descriptors, some warps copy and others multiply."""
+
+    def options(self) -> dict[str, object]:
+        """What a launch takes."""
+        return dict(
+            BLOCK_M=self.block_m, BLOCK_N=self.block_n, SPECIALIZED=self.specialized, num_warps=self.warps, num_stages=self.stages
+        )  # fmt: skip
+
+
+SHORT = 512
+"""Rows of a document that count as few: they make few tiles, so that smaller ones keep more of the GPU busy."""
+
+Rows = tuple[tuple[int, tuple[int, int, int, int], tuple[int, int, int, int]], ...]
+"""The largest width that a row is for, then (queries, keys, warps, stages) for short documents, and for longer ones. A width is a power of two
+or the sum of two; where q's and v's differ the larger counts."""
+
+# Specialized warps, for half precision: 4 of them, to which the compiler adds those that copy.
+
+_SPECIALIZED: dict[str, dict[str, Rows]] = {
+    "sm_90": {
+        "forward": ((64, (64, 128, 4, 2), (128, 128, 4, 2)), (128, (64, 128, 4, 2), (128, 128, 4, 2)), (256, (64, 64, 4, 2), (128, 64, 4, 2))),
+        "keys": ((64, (64, 64, 4, 2), (64, 128, 4, 2)), (128, (32, 64, 4, 2), (32, 128, 4, 2))),
+        "queries": ((128, (64, 64, 4, 2), (64, 64, 4, 2)),),
+    },
+    "interpreter": {
+        "forward": ((256, (32, 16, 4, 1), (32, 16, 4, 1)),),
+        "keys": ((256, (16, 32, 4, 1), (16, 32, 4, 1)),),
+        "queries": ((256, (32, 16, 4, 1), (32, 16, 4, 1)),),
+    },
+}
+
+_HALF: dict[str, dict[str, Rows]] = {
+    "sm_80": {
+        "forward": (
+            (64, (64, 64, 4, 2), (128, 128, 8, 2)), (96, (64, 64, 4, 2), (128, 64, 8, 3)), (128, (64, 32, 4, 2), (128, 64, 8, 3)),
+            (256, (64, 32, 8, 1), (64, 32, 8, 1)),
+        ),
+        "keys": (
+            (64, (64, 64, 4, 2), (64, 128, 8, 2)), (96, (32, 64, 4, 2), (32, 128, 8, 2)), (128, (64, 64, 8, 2), (64, 64, 8, 2)),
+            (256, (32, 64, 8, 2), (32, 64, 8, 2)),
+        ),
+        "queries": ((64, (64, 64, 4, 2), (128, 64, 8, 3)), (128, (64, 32, 4, 2), (128, 64, 8, 3)), (256, (64, 32, 8, 2), (64, 32, 8, 2))),
+        "bias": ((96, (64, 32, 8, 1), (64, 32, 8, 1)), (128, (32, 32, 8, 1), (32, 32, 8, 1)), (256, (16, 32, 8, 1), (16, 32, 8, 1))),
+    },
+    "sm_90": {
+        "forward": ((128, (64, 64, 4, 2), (128, 128, 8, 2)), (256, (64, 32, 4, 2), (128, 64, 8, 2))),
+        "keys": (
+            (64, (64, 64, 4, 2), (64, 128, 8, 2)), (96, (64, 64, 8, 2), (64, 128, 8, 2)), (128, (64, 64, 8, 2), (64, 64, 8, 2)),
+            (256, (32, 64, 8, 2), (32, 64, 8, 2)),
+        ),
+        "queries": ((64, (64, 64, 4, 2), (128, 128, 8, 2)), (128, (64, 64, 4, 2), (128, 64, 8, 3)), (256, (64, 32, 8, 2), (128, 32, 8, 2))),
+        "bias": ((128, (64, 64, 8, 2), (64, 64, 8, 2)), (256, (64, 32, 8, 1), (64, 32, 8, 1))),
+    },
+    "sm_100": {
+        "forward": ((64, (64, 64, 4, 2), (128, 128, 8, 2)), (128, (64, 32, 4, 2), (128, 64, 8, 3)), (256, (64, 32, 4, 2), (128, 64, 8, 2))),
+        "keys": ((128, (64, 64, 4, 2), (64, 128, 8, 2)), (256, (32, 64, 8, 2), (32, 64, 8, 2))),
+        "queries": ((128, (64, 64, 4, 2), (128, 64, 8, 3)), (256, (64, 64, 4, 2), (128, 32, 8, 2))),
+        "bias": ((128, (64, 64, 8, 2), (64, 64, 8, 2)), (256, (64, 32, 8, 1), (64, 32, 8, 1))),
+    },
+    "gfx942": {
+        "forward": ((256, (64, 32, 4, 1), (64, 32, 4, 1)),),
+        "keys": ((128, (32, 64, 8, 1), (32, 64, 8, 1)), (256, (32, 32, 4, 1), (32, 32, 4, 1))),
+        "queries": ((128, (64, 32, 4, 1), (64, 32, 4, 1)), (256, (32, 32, 4, 1), (32, 32, 4, 1))),
+        "bias": ((64, (16, 32, 4, 1), (16, 32, 4, 1)), (128, (64, 64, 8, 2), (64, 64, 8, 2)), (256, (64, 64, 4, 2), (64, 64, 4, 2))),
+    },
+}
+
+# fp32 multiplies on the ordinary units of NVIDIA's GPUs, as PyTorch's own products do by default.
+
+_FULL: dict[str, dict[str, Rows]] = {
+    "nvidia": {
+        "forward": ((64, (32, 32, 4, 2), (64, 32, 8, 2)), (96, (32, 32, 4, 2), (32, 32, 4, 2)), (256, (32, 16, 8, 2), (32, 16, 8, 2))),
+        "keys": ((64, (32, 32, 8, 2), (32, 64, 8, 2)), (96, (32, 32, 8, 2), (32, 64, 8, 2)), (128, (32, 32, 8, 2), (32, 32, 8, 2)),
+                 (256, (16, 32, 8, 1), (16, 32, 8, 1))),
+        "queries": ((64, (32, 32, 4, 2), (64, 32, 8, 2)), (128, (32, 32, 8, 2), (32, 32, 8, 2)), (256, (32, 16, 8, 2), (32, 16, 8, 2))),
+        "bias": ((256, (32, 32, 8, 2), (32, 32, 8, 2)),),
+    },
+    "gfx942": {
+        "forward": ((256, (32, 16, 4, 2), (32, 16, 4, 2)),),
+        "keys": ((128, (16, 32, 4, 2), (16, 64, 8, 2)), (256, (16, 16, 4, 1), (16, 16, 4, 1))),
+        "queries": ((256, (32, 16, 4, 2), (32, 16, 4, 2)),),
+        "bias": ((64, (32, 32, 8, 2), (32, 32, 8, 2)), (256, (32, 16, 4, 1), (32, 16, 4, 1))),
+    },
+}  # fmt: skip
+
+_INTERPRETER = _SPECIALIZED["interpreter"] | {"bias": ((256, (32, 16, 4, 1), (32, 16, 4, 1)),)}
+
+
+def _row(rows: Rows, width: int, length: int) -> tuple[int, int, int, int] | None:
+    for limit, short, long in rows:
+        if width <= limit:
+            return short if length <= SHORT else long
+    return None
+
+
+def config(kernel: str, tensors: tuple[torch.Tensor, ...], f: Features, length: int) -> Config:
+    """The configuration of a kernel ("forward", "keys", "queries", "bias") for (q, k, v) or (q, k, v, grad).
+
+    `length` is the most rows of a document that programs share out among them.
+    """
+    q, _, v, *_ = tensors
+    target, half = architecture(q.device), q.element_size() == 2
+    width = max(sum(parts(q.shape[3])), sum(parts(v.shape[3])))
+    if (half or target == "interpreter") and _serves(kernel, tensors, f):
+        if (row := _row(_SPECIALIZED.get(target, {}).get(kernel, ()), width, length)) is not None:
+            return Config(*row, specialized=True)
+    if target == "interpreter":
+        table = _INTERPRETER
+    elif half:
+        table = _HALF.get(target, _HALF["sm_80"])
+    else:
+        table = _FULL["gfx942" if target.startswith("gfx") else "nvidia"]
+    return Config(*_row(table[kernel], width, length))
+
+
+def _serves(kernel: str, tensors: tuple[torch.Tensor, ...], f: Features) -> bool:
+    """Whether the copy engine can read these rows, and the compiler specialize warps for these features."""
+    q, k, *_ = tensors
+    if f.bias is not None or f.seeds is not None or not all(x.numel() for x in tensors):
+        return False
+    # Rows of whole parts, 16 bytes aligned, wherever a head or a document begins.
+    if any(parts(x.shape[3]) != (x.shape[3], 0) or x.stride(3) != 1 for x in tensors):
+        return False
+    if any(x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:3]) for x in tensors):
+        return False
+    # Keys meet the queries of their whole group, whose heads a descriptor takes for one wide row.
+    return kernel != "keys" or q.shape[2] == k.shape[2] or all(x.stride(2) == x.shape[3] for x in (q, *tensors[3:]))
