@@ -6,11 +6,13 @@ memory of a block and bytes that a thread spills to local memory, the matrix ins
 its configuration, of whose switches those that are on.
 
 The exit status is 1, and a line says why, where a kernel does not compile, wants more shared memory than the GPU has, spills more than its
-case's written budget, lacks the matrix instruction that it declares, or has one that it does not declare; 2 where nothing can be compiled.
+case's written budget, lacks the matrix instruction that it declares or has one that it does not declare, or asks for specialized warps and has
+none ("ws" are found); 2 where nothing can be compiled.
 
 A run takes the first shape of each case, or what else it takes to reach each kernel, in bf16, fp32 and fp16, and every shape of kernels whose
-files differ from the branch this one left, or from the last commit: of all kernels where benchmarks/kernel_cases.py or kernels/runtime.py do.
---all takes every shape of every case. Triton's cache keeps what was compiled.
+files differ from the branch this one left, or from the last commit: of all kernels where benchmarks/kernel_cases.py or kernels/runtime.py do,
+of attention's where benchmarks/attention_cases.py does. Of cases marked slow only
+--all takes more than the first, as it takes every shape of every case. Triton's cache keeps what was compiled.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from pathlib import Path
 import torch
 from nanotrain.kernels.runtime import triton
 
-from benchmarks.kernel_cases import CASES, Case, results, select, upstream, wanted
+from benchmarks import attention_cases
+from benchmarks.cases import Case, results, upstream, wanted
+from benchmarks.kernel_cases import CASES, select
 from benchmarks.paper_gpu import NVIDIA, TARGETS, Binary, in_a_line, paper_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +61,8 @@ class Row:
     declared: str
     """Matrix instruction; "-" for none."""
     found: str
+    specialized: bool
+    """Whether registers move between its warps, of which some copy and others multiply."""
     occupancy: float
     """Warps that a multiprocessor can hold of this kernel, as a share of the most it holds."""
     specialization: str
@@ -83,6 +89,8 @@ class Row:
             found.append(f"{self}: spills {self.spills:,} bytes, its budget is {self.budget:,}")
         if self.found != self.declared:
             found.append(f"{self}: declares the matrix instruction {self.declared}, found {self.found}")
+        if "SPECIALIZED=True" in self.config.split() and not self.specialized:
+            found.append(f"{self}: asks for specialized warps, found no {_SPECIALIZED}")
         return found
 
     def __str__(self):
@@ -147,6 +155,10 @@ _PRODUCTS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.s
 """How a matrix instruction reads in PTX or AMD's assembly."""
 
 
+_SPECIALIZED = "setmaxnreg"
+"""By what warps that only copy give their registers to those that multiply."""
+
+
 def _product(assembly: str) -> str:
     return "+".join(name for name, text in _PRODUCTS.items() if text in assembly) or "-"
 
@@ -158,7 +170,7 @@ def _row(case: Case, shape: tuple, dtype: torch.dtype, binary: Binary) -> Row:
     return Row(
         case=case.title, kernel=binary.kernel, config=binary.config, dtype=str(dtype).removeprefix("torch."), target=binary.target,
         registers=registers, shared=binary.shared, spills=spills, declared=case.product(binary.kernel, dtype, binary.target),
-        found=_product(binary.assembly), occupancy=0.0 if binary.error else occupancy(
+        found=_product(binary.assembly), specialized=_SPECIALIZED in binary.assembly, occupancy=0.0 if binary.error else occupancy(
             binary.target, registers, binary.shared, binary.warps, scalars=scalars, columns=binary.tensor_memory,
         ),
         specialization=binary.specialization, shape="x".join(map(str, shape)), budget=case.stack.get((binary.kernel, binary.target), 0),
@@ -275,7 +287,7 @@ def rows(names: Sequence[str] = (), *, every_shape: bool | None = None, targets:
     chosen, calls = select(names), []
     for target in targets:
         for index, case in enumerate(CASES):
-            shapes = case.shapes if every_shape or case.module in changed else case.shapes[: case.always]
+            shapes = case.shapes if every_shape or (case.module in changed and not case.slow) else case.shapes[: case.always]
             if case in chosen:
                 calls += [(number, (index, shape, dtype, target)) for number, shape in enumerate(shapes) for dtype in case.dtypes]
     # First shapes first: two that share a kernel are far apart then, so that the second finds it in the cache.
@@ -300,11 +312,13 @@ def changed_modules() -> set[str]:
     if base == _git("rev-parse", "HEAD"):
         base = ""
     base = base or _git("rev-parse", "--verify", "--quiet", "HEAD~1") or "HEAD"
-    paths = f"{_git('diff', '--name-only', base)}\n{_git('ls-files', '--others', '--exclude-standard')}".split()
+    paths = {*f"{_git('diff', '--name-only', base)}\n{_git('ls-files', '--others', '--exclude-standard')}".split()}
     # What serves CPUs alone makes no kernel another.
     changed = {Path(path).stem for path in paths if re.fullmatch(r"kernels/\w+\.py", path)} - {"native", "cpu"}
-    if "benchmarks/kernel_cases.py" in paths:
+    if paths & {"benchmarks/cases.py", "benchmarks/kernel_cases.py"}:
         changed |= {case.module for case in CASES}
+    if "benchmarks/attention_cases.py" in paths:
+        changed |= {case.module for case in attention_cases.CASES}
     uses = {
         path.stem: set(re.findall(r"^from nanotrain\.kernels\.(\w+) import", path.read_text(), re.MULTILINE))
         for path in (ROOT / "kernels").glob("*.py")
@@ -342,7 +356,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "shared": lambda r: _built(f"{r.shared:,}", r),
     "spills": lambda r: _built(f"{r.spills:,}", r),
     "declared": lambda r: r.declared,
-    "found": lambda r: "error" if r.error else r.found,
+    "found": lambda r: "error" if r.error else r.found + " ws" * r.specialized,
     "occupancy": lambda r: _built(f"{r.occupancy:.0%}", r),
     "config": lambda r: _brief(r.config),
 }

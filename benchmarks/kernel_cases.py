@@ -6,112 +6,15 @@ the bench kit (benchmarks/kernels.py) on a GPU; both take gradients by autograd 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from nanotrain.kernels import adafactor, dropout, gated, lookup, norm, optimizers, orthogonal, rotary
 
-Inputs = dict[str, object]
-"""Tensors, or lists of them, by the names of the function's arguments."""
-
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way in which one public function is called."""
-
-    name: str
-    """The public function, the NAME of the command lines."""
-    module: str
-    """Its file is kernels/<module>.py."""
-    shapes: tuple[tuple[int, ...], ...]
-    """Workloads that together reach every row of the kernel's table of configurations."""
-    make: Callable[[tuple[int, ...], torch.dtype, str], Inputs]
-    """(shape, dtype, device) -> inputs: random, or without storage on "meta"; those that get gradients ask for them."""
-    call: Callable[[Inputs, str], object]
-    """(inputs, impl) -> the result, a tensor or a tuple of them; None of functions that write in place."""
-    cost: Callable[[tuple[int, ...], torch.dtype], tuple[int, int]]
-    """(shape, dtype) -> (bytes moved, FLOPs) of the forward."""
-    backward_cost: Callable[[tuple[int, ...], torch.dtype], tuple[int, int]] | None = None
-    """The same of the backward; None of functions that have none."""
-    variant: str = ""
-    """What sets this case apart from others of its function, as "residual"."""
-    always: int = 1
-    """So many shapes, the first ones, are always compiled: enough to reach each kernel."""
-    dtypes: tuple[torch.dtype, ...] = DTYPES
-    peers: dict[str, Callable[[], Callable[[Inputs], object]]] = field(default_factory=dict)
-    """By name, what imports and returns a function of the inputs that does the same; ImportError where it is not installed."""
-    product: Callable[[str, torch.dtype, str], str] = lambda kernel, dtype, target: "-"
-    """(kernel, dtype, target) -> the matrix instruction it must have (wgmma, mma, tcgen05, mfma); "-" for none, as elementwise kernels."""
-    stack: dict[tuple[str, str], int] = field(default_factory=dict)
-    """Bytes of local memory per thread that a (kernel, target) may use; what is not named may use none."""
-    in_place: bool = False
-    """Whether its results are what it leaves in its inputs."""
-    unlike: tuple[str, ...] = ()
-    """Peers that take as many steps to the same end by other coefficients: they are timed, their results are not compared."""
-
-    @property
-    def title(self) -> str:
-        """Its name, with the variant where it has one."""
-        return f"{self.name} ({self.variant})" if self.variant else self.name
-
-    def installed_peers(self) -> dict[str, Callable[[Inputs], object]]:
-        """The peers that can be imported here."""
-        found = {}
-        for name, load in self.peers.items():
-            try:
-                found[name] = load()
-            except ImportError:
-                continue
-        return found
-
-
-def wanted(inputs: Inputs) -> list[torch.Tensor]:
-    """The inputs whose gradients a backward computes."""
-    return [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-
-
-def results(output: object) -> list[torch.Tensor]:
-    """The tensors that a call returned, in a list."""
-    return [] if output is None else [output] if isinstance(output, torch.Tensor) else [x for x in output if x is not None]
-
-
-def upstream(output: object) -> list[torch.Tensor]:
-    """Random gradients for what a call returned."""
-    return [torch.randn_like(x) for x in results(output)]
-
-
-def select(names: Sequence[str] = ()) -> list[Case]:
-    """The cases of these functions, or all; ValueError for a name that has none."""
-    known = list(dict.fromkeys(case.name for case in CASES))
-    for name in names:
-        if name not in known:
-            raise ValueError(f"no kernel is named {name}; there are {', '.join(known)}")
-    return [case for case in CASES if not names or case.name in names]
-
-
-def _random(*shape: int, dtype: torch.dtype, device: str, grad: bool = False) -> torch.Tensor:
-    # Without storage there is nothing to draw, and torch.randn takes a hundred times as long to find that out.
-    return (torch.empty if device == "meta" else torch.randn)(shape, dtype=dtype, device=device).requires_grad_(grad)
-
-
-def _eager(function: Callable) -> Callable:
-    return lambda: function
-
-
-def _compiled(function: Callable) -> Callable:
-    """A formula through torch.compile, compiled once for each shape."""
-    return cache(lambda: torch.compile(function, dynamic=False))
-
-
-def _formula(function: Callable) -> dict[str, Callable]:
-    """The two peers that every kernel has: its formula in plain PyTorch, and that through torch.compile."""
-    return {"torch": _eager(function), "torch.compile": _compiled(function)}
-
+from benchmarks import attention_cases
+from benchmarks.cases import Case, eager, formula, normal
 
 # Norms: rows of C channels. 1024 is a small model's width, 4096 a large one's; rows of over 8192 have kernels of their own, hence always=2.
 
@@ -120,7 +23,7 @@ _NORM_SHAPES = ((8192, 4096), (2048, 16384), (16384, 1024), (8192, 80), (4096, 8
 
 def _norm_inputs(shape, dtype, device, *, residual=False, bias=False):
     rows, width = shape
-    make = partial(_random, dtype=dtype, device=device, grad=True)
+    make = partial(normal, dtype=dtype, device=device, grad=True)
     inputs = {"x": make(rows, width), "weight": make(width)}
     return inputs | ({"bias": make(width)} if bias else {}) | ({"residual": make(rows, width)} if residual else {})
 
@@ -179,22 +82,22 @@ thread fill its 128 registers."""
 _NORMS = (
     Case(
         "rms_norm", "norm", _NORM_SHAPES, _norm_inputs, _rms_norm, norm.cost, partial(_norm_cost, passes=3, vectors=2, flops=11),
-        always=2, peers=_formula(_torch_rms_norm) | {"liger": _liger_rms_norm},
+        always=2, peers=formula(_torch_rms_norm) | {"liger": _liger_rms_norm},
     ),
     Case(
         "rms_norm", "norm", _NORM_SHAPES, partial(_norm_inputs, residual=True), _rms_norm, partial(_norm_cost, passes=4, vectors=1, flops=5),
         partial(_norm_cost, passes=4, vectors=2, flops=12), "residual", always=2,
-        peers=_formula(_torch_rms_norm) | {"liger": _liger_add_rms_norm},
+        peers=formula(_torch_rms_norm) | {"liger": _liger_add_rms_norm},
     ),
     Case(
         "layer_norm", "norm", _NORM_SHAPES, partial(_norm_inputs, bias=True), _layer_norm, partial(_norm_cost, passes=2, vectors=2, flops=8),
-        partial(_norm_cost, passes=3, vectors=3, flops=14), peers=_formula(_torch_layer_norm) | {"liger": _liger_layer_norm},
+        partial(_norm_cost, passes=3, vectors=3, flops=14), peers=formula(_torch_layer_norm) | {"liger": _liger_layer_norm},
         stack=_LAYER_NORM_STACK, always=2,
     ),
     Case(
         "layer_norm", "norm", _NORM_SHAPES, partial(_norm_inputs, bias=True, residual=True), _layer_norm,
         partial(_norm_cost, passes=4, vectors=2, flops=9), partial(_norm_cost, passes=4, vectors=3, flops=15), "residual",
-        always=2, peers=_formula(_torch_layer_norm),
+        always=2, peers=formula(_torch_layer_norm),
         stack=_LAYER_NORM_STACK,
     ),
 )  # fmt: skip
@@ -206,7 +109,7 @@ _GATED_SHAPES = ((8192, 14336), (8192, 4096), (4096, 2730), (512, 256))
 
 
 def _gated_inputs(shape, dtype, device):
-    return {name: _random(*shape, dtype=dtype, device=device, grad=True) for name in ("gate", "up")}
+    return {name: normal(*shape, dtype=dtype, device=device, grad=True) for name in ("gate", "up")}
 
 
 def _gated_backward_cost(shape, dtype):
@@ -233,11 +136,11 @@ def _liger_geglu():
 _GATED = (
     Case(
         "swiglu", "gated", _GATED_SHAPES, _gated_inputs, partial(_gated_call, function=gated.swiglu), gated.cost, _gated_backward_cost,
-        peers=_formula(lambda i: F.silu(i["gate"]) * i["up"]) | {"liger": _liger_swiglu},
+        peers=formula(lambda i: F.silu(i["gate"]) * i["up"]) | {"liger": _liger_swiglu},
     ),
     Case(
         "geglu", "gated", _GATED_SHAPES, _gated_inputs, partial(_gated_call, function=gated.geglu), gated.cost, _gated_backward_cost,
-        peers=_formula(lambda i: F.gelu(i["gate"], approximate="tanh") * i["up"]) | {"liger": _liger_geglu},
+        peers=formula(lambda i: F.gelu(i["gate"], approximate="tanh") * i["up"]) | {"liger": _liger_geglu},
     ),
 )  # fmt: skip
 
@@ -249,7 +152,7 @@ _ROPE_SHAPES = ((4, 4096, 32, 8, 128), (16, 1024, 12, 12, 64), (4, 2048, 32, 32,
 
 def _rope_inputs(shape, dtype, device, *, rotary_share=1.0, grad=True, weights=False):
     B, T, H, K, D = shape
-    make = partial(_random, dtype=dtype, device=device, grad=grad)
+    make = partial(normal, dtype=dtype, device=device, grad=grad)
     half = int(D * rotary_share) // 2
     angles = torch.arange(T, device=device)[:, None] * 10000 ** (-torch.arange(half, device=device) / half)
     inputs = {"q": make(B, T, H, D), "k": make(B, T, K, D)} | ({"q_weight": make(D), "k_weight": make(D)} if weights else {})
@@ -311,19 +214,19 @@ def _liger_rope():
 
 _ROTARY = (
     Case(
-        "rope", "rotary", _ROPE_SHAPES, _rope_inputs, _rope, rotary.cost, rotary.cost, peers=_formula(_torch_rope) | {"liger": _liger_rope},
+        "rope", "rotary", _ROPE_SHAPES, _rope_inputs, _rope, rotary.cost, rotary.cost, peers=formula(_torch_rope) | {"liger": _liger_rope},
     ),
     Case(
         "rope", "rotary", _ROPE_SHAPES[:1], partial(_rope_inputs, grad=False), partial(_rope, inplace=True), rotary.cost, variant="in place",
-        peers=_formula(_torch_rope) | {"liger": _liger_rope},
+        peers=formula(_torch_rope) | {"liger": _liger_rope},
     ),
     Case(
         "rope", "rotary", _ROPE_SHAPES[:1], partial(_rope_inputs, rotary_share=0.25), _rope, rotary.cost, rotary.cost, "quarter",
-        peers=_formula(_torch_rope),
+        peers=formula(_torch_rope),
     ),
     Case(
         "qk_norm_rope", "rotary", _ROPE_SHAPES, partial(_rope_inputs, weights=True), _qk_norm_rope, rotary.cost, _qk_norm_rope_backward_cost,
-        peers=_formula(_torch_qk_norm_rope) | {"separate": _separate_kernels},
+        peers=formula(_torch_qk_norm_rope) | {"separate": _separate_kernels},
     ),
 )  # fmt: skip
 
@@ -335,7 +238,7 @@ _DROPOUT_SHAPES = ((8192, 4096), (16384, 768), (8192, 80))
 
 def _dropout_inputs(shape, dtype, device, *, seed_in_memory=False):
     rows, width = shape
-    inputs = {name: _random(rows, width, dtype=dtype, device=device, grad=True) for name in ("x", "residual")}
+    inputs = {name: normal(rows, width, dtype=dtype, device=device, grad=True) for name in ("x", "residual")}
     seed = torch.full((), 1234, device=device) if seed_in_memory else 1234
     return inputs | {"seed": seed, "counters": torch.arange(rows, device=device)}
 
@@ -364,7 +267,7 @@ _DROPOUT = (
 def _embedding_inputs(shape, dtype, device):
     tokens, vocabulary, width = shape
     chosen = (vocabulary * torch.rand(tokens, device=device, dtype=torch.float64) ** 3).long()
-    return {"tokens": chosen, "weight": _random(vocabulary, width, dtype=dtype, device=device, grad=True)}
+    return {"tokens": chosen, "weight": normal(vocabulary, width, dtype=dtype, device=device, grad=True)}
 
 
 @cache
@@ -390,7 +293,7 @@ _EMBEDDING = (
     Case(
         "embedding", "lookup", ((16384, 128256, 2048), (65536, 50304, 768), (8192, 1000, 80)), _embedding_inputs,
         lambda i, impl: lookup.embedding(i["tokens"], i["weight"], impl=impl), _embedding_forward_cost, lookup.cost,
-        peers=_formula(lambda i: F.embedding(i["tokens"], i["weight"])) | {"liger": _liger_embedding},
+        peers=formula(lambda i: F.embedding(i["tokens"], i["weight"])) | {"liger": _liger_embedding},
     ),
 )  # fmt: skip
 
@@ -406,9 +309,9 @@ _LR, _BETAS, _LION_BETAS, _EPS, _DECAY, _STEP = 1e-3, (0.9, 0.95), (0.9, 0.99), 
 def _optimizer_inputs(shape, dtype, device, *, moments=(), factored=False, stochastic=False):
     count, rows, columns = shape
     shapes = [(rows, columns)] * count + [(columns,)] * count
-    make = partial(_random, dtype=dtype, device=device)
+    make = partial(normal, dtype=dtype, device=device)
     inputs = {name: [make(*s) for s in shapes] for name in ("params", "grads")}
-    kept = partial(_random, dtype=torch.bfloat16 if stochastic and not factored else torch.float32, device=device)
+    kept = partial(normal, dtype=torch.bfloat16 if stochastic and not factored else torch.float32, device=device)
     inputs |= {name: [kept(*s) for s in shapes] for name in moments}
     if factored:
         matrices, vectors = [None] * count, [None] * count
@@ -505,7 +408,7 @@ def _torch_adafactor():
 
 def _gradients(shape, dtype, device):
     count, rows, columns = shape
-    make = partial(_random, dtype=dtype, device=device)
+    make = partial(normal, dtype=dtype, device=device)
     return {"grads": [make(rows, columns) for _ in range(count)] + [make(columns) for _ in range(count)]}
 
 
@@ -520,7 +423,7 @@ _ADAMW_MOMENTS, _LION_MOMENTS = ("exp_avgs", "exp_avg_sqs"), ("exp_avgs",)
 _OPTIMIZERS = (
     Case(
         "adamw_", "optimizers", _OPTIMIZER_SHAPES, partial(_optimizer_inputs, moments=_ADAMW_MOMENTS), _adamw,
-        partial(_optimizer_cost, moments=2, flops=15), in_place=True, peers={"torch": _eager(_torch_adamw)},
+        partial(_optimizer_cost, moments=2, flops=15), in_place=True, peers={"torch": eager(_torch_adamw)},
     ),
     Case(
         "adamw_", "optimizers", _OPTIMIZER_SHAPES[:1], partial(_optimizer_inputs, moments=_ADAMW_MOMENTS, stochastic=True), _adamw,
@@ -528,7 +431,7 @@ _OPTIMIZERS = (
     ),
     Case(
         "lion_", "optimizers", _OPTIMIZER_SHAPES, partial(_optimizer_inputs, moments=_LION_MOMENTS), _lion,
-        partial(_optimizer_cost, moments=1, flops=9), in_place=True, peers={"torch": _eager(_torch_lion)},
+        partial(_optimizer_cost, moments=1, flops=9), in_place=True, peers={"torch": eager(_torch_lion)},
     ),
     Case(
         "lion_", "optimizers", _OPTIMIZER_SHAPES[:1], partial(_optimizer_inputs, moments=_LION_MOMENTS, stochastic=True), _lion,
@@ -568,12 +471,21 @@ def _torch_muon():
 _ORTHOGONAL = (
     Case(
         "orthogonalize", "orthogonal", ((12, 1024, 4096), (2, 768, 3072), (8, 2048, 2048), (12, 768, 768)),
-        lambda shape, dtype, device: {"matrices": _random(*shape, dtype=dtype, device=device)},
+        lambda shape, dtype, device: {"matrices": normal(*shape, dtype=dtype, device=device)},
         lambda i, impl: orthogonal.orthogonalize(i["matrices"], impl=impl), orthogonal.cost, dtypes=(torch.bfloat16, torch.float32),
-        peers=_formula(lambda i: orthogonal.orthogonalize_reference(i["matrices"])) | {"torch.optim": _torch_muon}, product=_orthogonal_product,
+        peers=formula(lambda i: orthogonal.orthogonalize_reference(i["matrices"])) | {"torch.optim": _torch_muon}, product=_orthogonal_product,
         unlike=("torch.optim",),
     ),
 )  # fmt: skip
 
 
-CASES: tuple[Case, ...] = (*_NORMS, *_ROTARY, *_GATED, *_DROPOUT, *_EMBEDDING, *_OPTIMIZERS, *_ORTHOGONAL)
+CASES: tuple[Case, ...] = (*_NORMS, *_ROTARY, *_GATED, *_DROPOUT, *_EMBEDDING, *_OPTIMIZERS, *_ORTHOGONAL, *attention_cases.CASES)
+
+
+def select(names: Sequence[str] = ()) -> list[Case]:
+    """The cases of these functions, or all; ValueError for a name that has none."""
+    known = list(dict.fromkeys(case.name for case in CASES))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no kernel is named {name}; there are {', '.join(known)}")
+    return [case for case in CASES if not names or case.name in names]

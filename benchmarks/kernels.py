@@ -34,8 +34,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import compile_gate
+from benchmarks.cases import Case, Inputs, results, upstream, wanted
 from benchmarks.common import RESULTS, quantiles
-from benchmarks.kernel_cases import CASES, Case, Inputs, results, select, upstream, wanted
+from benchmarks.kernel_cases import CASES, select
 from benchmarks.roofline import H100, Board, Point, Roof, board, picture, roof_of
 from nanotrain.environment import environment, git, version
 from nanotrain.memory import format_bytes
@@ -243,6 +244,7 @@ class Workload:
         same = self.answers(self.reference)
         self.restore()
         exact = self.answers(self.reference, _wide(self.inputs), [up.double() for up in self.ups])
+
         def verdict(name, call):
             answers = self.answers(call)  # of a peer that computes something near too: it must run
             return "" if name in self.case.unlike else compare(answers, exact, same, peer=name != "ours")
@@ -399,7 +401,7 @@ class Bench:
 
     def _refuse(self, case: Case, shape: tuple[int, ...], dtype: torch.dtype, wrong: str) -> None:
         self.failed += 1
-        print(f"{case.title:32} {_times(shape):16} {_dtype(dtype)}  NOT REPORTED: {wrong}", flush=True)
+        print(f"{case.title:32} {_times(shape):24} {_dtype(dtype)}  NOT REPORTED: {wrong}", flush=True)
         for direction in directions_of(case):
             self.table.write(head_of(case, shape, dtype, direction, wrong))
 
@@ -462,7 +464,7 @@ def predict(names: Sequence[str], dtypes: Sequence[torch.dtype], svg: Path | Non
     status = _attempt_gate(names)
     print(f"\npredicted, not measured: the least that {H100.name} could take at its stated {H100.bandwidth / 1e12:.2f} TB/s and"
           f" {H100.flops / 1e12:.0f} TFLOP/s (bf16)")  # fmt: skip
-    print(f"{'kernel':32} {'shape':16} {'dtype':5} {'direction':9} {'MB moved':>10} {'GFLOP':>9} {'FLOP/byte':>9} {'predicted us':>13}")
+    print(f"{'kernel':32} {'shape':24} {'dtype':5} {'direction':9} {'MB moved':>10} {'GFLOP':>9} {'FLOP/byte':>9} {'predicted us':>13}")
     points: dict[tuple[str, str], Point] = {}
     for case in cases:
         for shape in case.shapes:
@@ -473,7 +475,7 @@ def predict(names: Sequence[str], dtypes: Sequence[torch.dtype], svg: Path | Non
                     nbytes, flops = cost(shape, dtype)
                     seconds = H100.seconds(nbytes, flops)
                     points.setdefault((case.title, direction), Point(case.title, direction, nbytes, flops, seconds, measured=False))
-                    print(f"{case.title:32} {_times(shape):16} {_dtype(dtype):5} {direction:9} {nbytes / 1e6:10.2f} {flops / 1e9:9.3f}"
+                    print(f"{case.title:32} {_times(shape):24} {_dtype(dtype):5} {direction:9} {nbytes / 1e6:10.2f} {flops / 1e9:9.3f}"
                           f" {flops / nbytes:9.2f} {1e6 * seconds:13.2f}")  # fmt: skip
     if svg is not None:
         draw(svg, H100, list(points.values()), "predicted, not measured: where each kernel's bytes and FLOPs put it")

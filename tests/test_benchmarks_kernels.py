@@ -12,10 +12,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nanotrain.kernels import attention_backward, attention_configs, attention_forward
 
 from benchmarks import gpu, kernels, roofline, step
 from benchmarks.cases import Case
 from benchmarks.common import quantiles
+from benchmarks.kernel_cases import CASES
 from benchmarks.roofline import H100, Board, Point, Roof, picture, roof_of, stated
 from nanotrain import environment
 
@@ -290,6 +292,45 @@ def test_a_peer_that_computes_something_else_or_fails_is_left_out(bench, capsys)
     assert not found.failed and all(row["torch_ratio"] and not row["other_ratio"] and not row["fails_ratio"] for row in rows)
     text = capsys.readouterr().out
     assert "other left out of times 8x16 fp32: output 0: error" in text and "fails left out of times 8x16 fp32: RuntimeError: no such" in text
+
+
+SMALL = {"": (2, 40, 40, 4, 4, 16), "full": (2, 40, 40, 4, 4, 16), "grouped": (2, 40, 40, 4, 2, 16), "bias": (2, 40, 40, 4, 4, 16),
+         "window": (1, 1100, 1100, 2, 2, 16), "packed": (1, 200, 200, 4, 1, 16), "prefix": (1, 600, 600, 2, 1, 16),
+         "soft cap": (1, 40, 40, 2, 1, 16)}  # fmt: skip
+"""Shapes for a CPU, by the variants of attention that have peers there."""
+
+
+@pytest.mark.parametrize("variant", SMALL)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attentions_peers_do_the_same(variant, monkeypatch):
+    """Those that a CPU runs: torch's operator, and FlexAttention as a formula, which has no backward there."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    one = next(c for c in CASES if (c.name, c.variant) == ("flash_attention", variant))
+    peers = {name: function for name, function in one.installed_peers().items() if name in ("torch", "flex")}
+    assert peers
+    if "torch" in peers:
+        assert kernels.Workload(one, SMALL[variant], torch.float32, "cpu").judge({"torch": peers["torch"]}) == {"torch": ""}
+    if "flex" in peers:
+        forward_alone = kernels.Workload(replace(one, backward_cost=None), SMALL[variant], torch.float32, "cpu")
+        forward_alone.inputs = {name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in forward_alone.inputs.items()}
+        assert forward_alone.judge({"flex": peers["flex"]}) == {"flex": ""}
+
+
+def test_pipelined_specializes_no_warps_in_its_backward_either(monkeypatch):
+    one, found, real = next(c for c in CASES if c.name == "flash_attention"), [], attention_configs.config
+    for module in (attention_forward, attention_backward):
+        monkeypatch.setattr(module, "config", lambda *arguments: found.append(real(*arguments)) or found[-1])
+    work = kernels.Workload(one, (1, 20, 20, 1, 1, 16), torch.float32, "cpu")
+    for function, specialized in ((lambda inputs: one.call(inputs, "triton"), True), (one.peers["pipelined"](), False)):
+        found.clear()
+        work.ready(function, "backward")()
+        assert [c.specialized for c in found] == [specialized] * 3
+
+
+def test_decodings_peer_does_the_same():
+    one = next(c for c in CASES if c.name == "decode_attention")
+    work = kernels.Workload(one, (2, 1, 80, 4, 2, 16), torch.float32, "cpu")
+    assert work.judge({"ours": lambda inputs: one.call(inputs, "triton"), "torch": one.peers["torch"]()}) == {"ours": "", "torch": ""}
 
 
 def test_torch_compile_is_asked_for_first_shapes_alone(bench):

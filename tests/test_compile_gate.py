@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nanotrain.kernels import attention, attention_configs
 
 from benchmarks import compile_gate
 from benchmarks.cases import results, upstream, wanted
@@ -54,8 +55,9 @@ BROKEN = '''
 """Kernels that break a budget each, and the gate's reasons, as JSON."""
 import json
 import torch
-from benchmarks.compile_gate import TARGETS, compile_case, report
 from benchmarks.cases import Case
+from benchmarks.compile_gate import TARGETS, compile_case, report
+from benchmarks.kernel_cases import select
 from benchmarks.paper_gpu import paper_gpu
 from nanotrain.kernels.norm import rms_norm
 from nanotrain.kernels.runtime import jit, launch, tl, triton
@@ -83,6 +85,12 @@ def _product_kernel(x, depth, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     for start in range(0, depth, BLOCK_K):
         total = tl.dot(tl.load(left + start), tl.load(right + start), total)
     tl.store(x + row[:, None] * BLOCK + row[None, :], total.to(x.dtype.element_ty))
+
+
+@jit
+def _specialized_kernel(x, BLOCK: tl.constexpr, SPECIALIZED: tl.constexpr):
+    for start in tl.range(0, 4, warp_specialize=SPECIALIZED):  # no tile is copied, so there is nothing to specialize for
+        tl.store(x + start * BLOCK + tl.arange(0, BLOCK), start)
 
 
 @jit
@@ -120,6 +128,7 @@ cases = {
     "spills within its budget": [(case(spilling, stack={("_spilling_kernel", t): 1 << 16}), float32, t) for t in TARGETS],
     "shared": [(case(lambda x: product(x, 6, 128), **has_product), bfloat16, t) for t in ("sm_80", "sm_90", "sm_100")],
     "lacks": [(case(plain, product=lambda *_: "wgmma"), float32, "sm_90")],
+    "unspecialized": [(case(lambda x: launch(_specialized_kernel, (1,), x, BLOCK=128, SPECIALIZED=True)), float32, "sm_90")],
     "undeclared": [(case(product), bfloat16, t) for t in TARGETS],
     "meaningless": [(case(lambda x: (launch(_meaningless_kernel, (1,), x, BLOCK=16), plain(x))), float32, "sm_80")],
     "refused": [(case(refused), float32, "sm_80")],
@@ -129,6 +138,13 @@ found = {}
 for name, jobs in cases.items():
     rows = [row for c, dtype, target in jobs for row in compile_case(c, c.shapes[0], dtype, target)]
     found[name] = {"status": report(rows), "rows": len(rows), "reasons": [reason for row in rows for reason in row.reasons()]}
+
+found["hopper"] = []
+for c in select(["flash_attention"]):
+    if c.variant in ("", "full"):
+        found["hopper"] += [
+            [r.kernel, r.config, r.found, r.specialized, r.spills] for r in compile_case(c, c.shapes[0], bfloat16, "sm_90") if "delta" not in r.kernel
+        ]
 
 found["specializations"] = []
 memory = torch.empty(1024, device="meta")
@@ -163,6 +179,7 @@ def test_kept_budgets_pass(broken):
         ("spills", 4, "bytes, its budget is 0"),
         ("shared", 3, "bytes of shared memory, sm_"),
         ("lacks", 1, "declares the matrix instruction wgmma, found -"),
+        ("unspecialized", 1, "asks for specialized warps, found no setmaxnreg"),
         ("undeclared", 4, "declares the matrix instruction -, found "),
         ("meaningless", 1, "does not compile: CompilationError: NameError('missing is not defined')"),
         ("refused", 1, "does not compile: ValueError: this launcher takes no such tensor"),
@@ -177,6 +194,14 @@ def test_a_broken_budget_fails_with_a_line_that_says_why(broken, name, count, re
 
 def test_a_kernel_that_does_not_compile_hides_no_other(broken):
     assert broken["meaningless"]["rows"] == 2
+
+
+def test_attention_on_hopper_has_specialized_warps(broken):
+    """Forward and backward of heads of 128 channels, causal, and of 64, full."""
+    assert len(broken["hopper"]) == 6
+    for _, config, *found in broken["hopper"]:
+        assert "SPECIALIZED=True" in config.split() and found == ["wgmma", True, 0]
+    assert {config.split()[1] for _, config, *_ in broken["hopper"]} == {"D=64", "D=128"}
 
 
 CRASHES = """
@@ -313,6 +338,8 @@ def test_every_shape_of_what_has_changed(tmp_path, monkeypatch):
     assert "norm" in compile_gate.changed_modules()
     git("checkout", "-q", "--", ".")
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "attention_cases.py").write_text("# other shapes\n")
+    assert {"attention", "decode"} <= compile_gate.changed_modules() and "norm" not in compile_gate.changed_modules()
     (tmp_path / "benchmarks" / "kernel_cases.py").write_text("# other shapes\n")
     assert {case.module for case in CASES} <= compile_gate.changed_modules()
 
@@ -331,8 +358,10 @@ def test_what_is_always_compiled_reaches_every_kernel(monkeypatch):
     def launched(kernel, *arguments, **options):
         reached.add((kernel.__name__, str(dtype)))
 
-    for module in {case.module for case in CASES}:
-        monkeypatch.setattr(f"nanotrain.kernels.{module}.launch", launched)
+    for module in [module for name, module in sys.modules.items() if name.startswith("nanotrain.kernels.")]:
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", launched)
+    monkeypatch.setattr(attention_configs, "architecture", lambda device: "sm_90")
     for always in (True, False):
         for case in CASES:
             for shape in case.shapes[: case.always] if always else case.shapes[case.always :]:
@@ -344,7 +373,8 @@ def test_what_is_always_compiled_reaches_every_kernel(monkeypatch):
         if always:
             first = set(reached)
     assert first == reached
-    written = {name for path in (ROOT / "kernels").glob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)}
+    sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
+    written = {name for text in sources for name in re.findall(r"^@jit(?:\([^)]*\)+)?\ndef (_\w+_kernel)\(", text, re.MULTILINE)}
     assert {name for name, _ in first} == written
 
 
@@ -355,6 +385,40 @@ def test_the_bytes_of_embedding_are_of_rows_that_occur():
     occurring = len(case.make(shape, torch.float32, "cpu")["tokens"].unique())
     assert occurring < 0.9 * vocabulary
     assert case.cost(shape, torch.float32)[0] == pytest.approx(4 * width * (occurring + tokens) + 8 * tokens, rel=0.005)
+
+
+@pytest.mark.parametrize("T,S", [(1, 1), (9, 9), (5, 14), (14, 5)])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, *({"window": window} for window in (1, 4, 9, 20))])
+def test_the_pairs_that_attention_counts(T, S, options):
+    i, j = torch.arange(T)[:, None] + S - T, torch.arange(S)
+    pairs = ((j <= i) | (not options.get("causal", True))) & (j > i - options.get("window", 100))
+    found = attention.cost((2, T, S, 6, 3, 16, 8), torch.float16, **options)
+    assert found == (2 * 2 * (T * 6 + S * 3) * (16 + 8), 2 * 2 * 6 * pairs.sum().item() * (16 + 8))
+
+
+def test_the_cost_of_attentions_cases():
+    """Documents never see each other, a prefix is seen by all, and a backward makes 5 products for the forward's 2."""
+    cases = {case.variant: case for case in CASES if case.name == "flash_attention"}
+    for variant, shape in (("packed", (1, 640, 640, 4, 1, 16)), ("prefix", (2, 640, 640, 4, 1, 16)), ("bias", (2, 40, 40, 4, 1, 16))):
+        case = cases[variant]
+        inputs = case.make(shape, torch.float16, "cpu")
+        i, j = torch.arange(shape[1])[:, None], torch.arange(shape[1])
+        visible = (j <= i) | (j < {"prefix": 512, "bias": 40}.get(variant, 0))
+        if variant == "packed":
+            document = torch.bucketize(torch.arange(shape[1]), inputs["cu_seqlens"][1:], right=True)
+            visible &= document[:, None] == document
+            assert tuple(inputs["cu_seqlens"].diff()) == inputs["lengths"] and len(set(inputs["lengths"])) > 8
+        (nbytes, flops), (backward_bytes, backward_flops) = (f(shape, torch.float16) for f in (case.cost, case.backward_cost))
+        assert flops == 4 * 16 * 4 * shape[0] * visible.sum() and backward_flops == 2.5 * flops
+        tensors = {name: 2 * inputs[name].numel() for name in ("q", "k", "v", "bias") if name in inputs}
+        assert nbytes == sum(tensors.values()) + tensors["q"]
+        assert backward_bytes == 2 * (sum(tensors.values()) + tensors["q"]) + 4 * shape[0] * 4 * shape[1]
+
+
+def test_the_bytes_of_a_window_are_of_keys_that_are_read():
+    case = next(case for case in CASES if case.title == "decode_attention (window, soft cap)")
+    B, _, _, H, K, D = shape = case.shapes[0]
+    assert case.cost(shape, torch.float16)[0] == 2 * B * D * (2 * 4096 * K + 2 * H)
 
 
 def test_torchs_orthogonalisation_is_the_same_kind_of_matrix(monkeypatch):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nanotrain.kernels import attention_backward, attention_configs, attention_forward
+from nanotrain.kernels import attention_backward, attention_configs, attention_forward, attention_tiles
 from nanotrain.kernels.attention import EXAMPLES, attention_delta, flash_attention, flash_attention_backward
-from nanotrain.kernels.runtime import launches
+from nanotrain.kernels.attention_tiles import document_of
+from nanotrain.kernels.runtime import jit, launches, tl
 
 from tests.kernels.kit import DEVICE, DTYPES, LAYOUTS, agree, check, drawn, dtypes, far, layouts, on_gpu, place, poisoned, repeatable, seeds
 
@@ -80,7 +81,6 @@ FEATURES = {
     "window": dict(window=13 * LONG),
     "softcap": dict(softcap=3.0),
     "scale": dict(scale=-0.3),
-    "sinks": dict(sinks=True, key_heads=24, length=10),  # heads enough that their errors are no matter of luck
     "slopes": dict(slopes="H"),
     "slopes of each": dict(batch=2, slopes="BH"),
     "bias": dict(bias="HTS"),
@@ -89,6 +89,7 @@ FEATURES = {
     "offsets": dict(offsets=True),
     "dropout": dict(batch=2, dropout_p=0.3),
     "documents": dict(documents=True, length=37),
+    "sinks": dict(sinks=True, key_heads=24, length=10),  # heads enough that their errors are no matter of luck
     "shorter": dict(shorter=True, length=37),
     "groups": dict(group=3, key_heads=1),
     "wide": dict(widths=(80, 48)),
@@ -102,14 +103,14 @@ PAIRS = [
 
 
 def features(
-    dtype, layout="contiguous", *, draw=0, batch=1, group=1, widths=(16, 16), length=37, shorter=False, documents=False, slopes=None, bias=None,
+    dtype, layout="contiguous", *, draw=0, batch=1, group=1, widths=(16, 16), length=33, shorter=False, documents=False, slopes=None, bias=None,
     prefix=False, offsets=False, dropout_p=0.0, sinks=False, key_heads=2, **options,
 ):  # fmt: skip
     """Check a call with features by their names here, on a batch, or on five documents, one of no token and one of one."""
-    T, S, H = length * LONG, (length + 21) * LONG, key_heads * group
+    T, S, H = length * LONG, (length + 13) * LONG, key_heads * group
     n = batch
     if documents:
-        lengths_q, lengths_k = [T - 20 * LONG, 0, 1, 19 * LONG, 7], [S - 25 * LONG, 5, 2, 20 * LONG, 0]
+        lengths_q, lengths_k = [5, 0, 1, T, 7], [S - 13 * LONG, 5, 2, S, 0]
         n, T, S = 5, sum(lengths_q), sum(lengths_k)
         cut = {"cu_seqlens": lengths_q} | ({} if shorter else {"cu_seqlens_k": lengths_k})
         for name, lengths in cut.items():
@@ -124,7 +125,7 @@ def features(
     if slopes:
         options["alibi_slopes"] = torch.linspace(0.02, 0.3, n * H, device=DEVICE).view(n, H)[slice(None) if slopes == "BH" else 0]
     if prefix:
-        options["prefix_len"] = torch.arange(n, device=DEVICE) * 9 * LONG
+        options["prefix_len"] = torch.tensor([25, 9, 0, 11, 3][:n], device=DEVICE) * LONG
     if dropout_p:
         options |= dict(dropout_p=dropout_p, seed=torch.arange(n, device=DEVICE) * 2**33 + draw)
     shape = {None: None, "HTS": (1, H, t, s), "BT1": (n, 1, t, 1)}[bias]
@@ -138,13 +139,15 @@ def test_pairs_of_features(a, b):
 
 
 @given(data=st.data(), dtype=dtypes, layout=layouts, draw=seeds)
-@drawn(15)
+@drawn(12)
 def test_shapes_and_features_at_random(data, dtype, layout, draw):
     """Any features together, odd shapes: rows of one token, more queries than keys, head dims of any width, no key for some queries."""
-    chosen = data.draw(st.sets(st.sampled_from(sorted(FEATURES)), max_size=5))
+    chosen = data.draw(st.sets(st.sampled_from(sorted(FEATURES)), min_size=2, max_size=5))
     options = {}
     for name in sorted(chosen):
         options |= FEATURES[name]
+    if "sinks" in chosen and DEVICE.type == "cpu":  # so many heads take the interpreter long
+        options["key_heads"] = 6 // options.get("group", 1)
     if options.get("causal") is False:
         options = {name: value for name, value in options.items() if name not in ("window", "prefix")}
     options |= dict(widths=data.draw(st.tuples(*[st.sampled_from((16, 24, 33, 80, 96))] * 2)), length=data.draw(st.integers(22, 40)))
@@ -157,9 +160,39 @@ def test_rows_of_one_token_and_examples(shape, causal):
     run(shape, DTYPES[sum(shape) % len(DTYPES)], causal=causal)
 
 
-@pytest.mark.parametrize("D,W", [(128, 128), (192, 128), (256, 256), (160, 96), (16, 8)])
+@pytest.mark.parametrize("D,W", [(128, 128), (192, 128), (256, 256), (160, 96), (16, 8), (33, 24)])
 def test_head_dims(D, W):
-    run((1, 40 * LONG, 40 * LONG, 2, 1, D, W), DTYPES[D % 3 % len(DTYPES)])
+    run((1, 40 * LONG, 40 * LONG, 2, 1, D, W), DTYPES[D % 3 % len(DTYPES)], LAYOUTS[(D + W) % len(LAYOUTS)])
+
+
+@pytest.mark.parametrize("bias", [(58,), (2, 1, 1), (2, 1, 1, 58)])
+def test_biases_of_one_row(bias):
+    """All queries share it; it may have fewer dimensions than four."""
+    run((2, 37, 58, 2, 1, 16, 16), DTYPES[len(bias) % 2], LAYOUTS[sum(bias) % len(LAYOUTS)], bias=bias)
+
+
+def test_programs_take_turns(monkeypatch):
+    """Keys and values of two heads of three may be in the cache at one time, then those of the last."""
+    monkeypatch.setattr(attention_tiles, "_TOGETHER", 2 * 4 * 40 * LONG * (16 + 16))
+    run((1, 40 * LONG, 40 * LONG, 3, 3, 16, 16), torch.float32)
+
+
+@jit
+def _documents_kernel(blocks, cu, documents, found, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    document, block = document_of(tl.load(blocks + program), cu, documents, BLOCK)
+    tl.store(found + 2 * program, document)
+    tl.store(found + 2 * program + 1, block)
+
+
+def test_blocks_of_thousands_of_documents():
+    lengths = torch.randint(100, (2500,), generator=torch.Generator().manual_seed(0))
+    cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    blocks = torch.arange(0, int(cu[-1]) // 32 + 2500, 131, dtype=torch.int32)
+    document = torch.searchsorted(cu[:-1] // 32 + torch.arange(2500), blocks, right=True) - 1
+    found = torch.empty(len(blocks), 2, dtype=torch.int32, device=DEVICE)
+    _documents_kernel[(len(blocks),)](blocks.to(DEVICE), cu.int().to(DEVICE), 2500, found, 32)
+    assert torch.equal(found.cpu(), torch.stack([document, blocks - (cu[document] // 32 + document)], 1).int())
 
 
 def test_a_query_that_sees_no_key_gives_zeros_and_zero_gradients():
@@ -191,19 +224,21 @@ def test_only_what_is_asked_for_is_computed():
 
 
 def test_the_bits_of_gradients_repeat():
-    q, k, v = (normal((2, 40 * LONG, 2, 16), i, torch.float16).requires_grad_() for i in range(3))
-    bias = normal((1, 2, 40 * LONG, 40 * LONG), 3, torch.float16).requires_grad_()
+    T = 300 if DEVICE.type == "cuda" else 20  # in the interpreter programs run in turn, and repeat by themselves
+    q, k, v = (normal((2, T, 2, 16), i, torch.float16).requires_grad_() for i in range(3))
+    bias = normal((1, 2, T, T), 3, torch.float16).requires_grad_()
 
     def gradients():
         out = flash_attention(q, k, v, bias=bias, dropout_p=0.2, seed=3, impl="triton")
         return torch.autograd.grad(out, (q, k, v, bias), torch.ones_like(out))
 
-    repeatable(gradients, 2)
+    repeatable(gradients, 1)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_rows_further_apart_than_32_bits_reach(name):
-    tensors = {n: normal((3, 5, 2, 16), i, torch.float16) for i, n in enumerate("qkv")}
+@pytest.mark.parametrize("width", [16, 20], ids=["descriptors", "addresses"])
+def test_rows_further_apart_than_32_bits_reach(name, width):
+    tensors = {n: normal((3, 2, 2, width), i, torch.float16) for i, n in enumerate("qkv")}
     tensors[name] = far(tensors[name])
     moved = {n: t.transpose(0, 1) for n, t in tensors.items()}  # rows of the sequence lie far apart
     check(attend("triton"), attend("reference"), moved, KERNELS, usual=partial(usual, options={}))
@@ -225,6 +260,18 @@ def test_ring_blocks_add_up():
     got = (sum(r[0] for r in rounds), *(torch.cat([r[i] for r in rounds], 1) for i in (1, 2)))
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [None, (2, 40, 40)])
+def test_backward_takes_any_layouts_and_gives_any_dtype(bias):
+    q, k, v, up = (normal((1, 40, heads, 16), i, torch.float16) for i, heads in enumerate((2, 1, 1, 2)))
+    bias = None if bias is None else normal(bias, 4, torch.float16)
+    out, lse = flash_attention(q, k, v, bias=bias, return_lse=True, impl="reference")
+    delta = attention_delta(up, out, impl="reference")
+    inputs = place(up, "rows"), q, k, v, place(lse, "transposed"), place(delta, "sliced")
+    got, want = (flash_attention_backward(*inputs, bias=bias, dtype=torch.float32, impl=impl) for impl in ("triton", "reference"))
+    for g, w in zip(got, want, strict=True):
+        assert g is w is None or torch.testing.assert_close(g, w, rtol=5e-3, atol=5e-3) is None
 
 
 def test_both_ways_of_reading_are_taken():
