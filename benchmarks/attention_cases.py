@@ -201,7 +201,7 @@ _KERNELS = tuple(f"_attention_{part}_kernel" for part in ("forward", "keys_backw
 
 # None on Hopper. AMD's are scalar registers, of which the many strides and limits need more than there are; on sm_80 fp32, a bias or dropout
 # take a few registers more than a thread has.
-_STACK = {(kernel, "gfx942"): 160 for kernel in _KERNELS} | {(kernel, "sm_80"): 24 for kernel in _KERNELS} | {(_KERNELS[3], "sm_100"): 16}
+_STACK = {(kernel, "gfx942"): 160 for kernel in _KERNELS} | {(kernel, "sm_80"): 24 for kernel in _KERNELS} | {(_KERNELS[3], "sm_100"): 24}
 
 
 def _case(variant, shapes, *, packed=False, bias=False, inputs=(), peers=None, dtypes=(torch.bfloat16,), always=1, stack=None, **options):
