@@ -8,11 +8,12 @@ Visible: every key, or with `causal` those with p_j <= p_i, or with `window` = w
 always visible. A query that sees no key gives zeros, log-sum-exp -inf and zero gradients.
 
 Shapes: q (B, T, H, D), k (B, S, K, D), v (B, S, K, Dv), H a multiple of K; out (B, T, H, Dv); log-sum-exp (B, H, T) in fp32.
-Scores, softmax and their gradients in fp32 (float64 for float64); probabilities and scores' gradients are rounded to the inputs' dtype before
-they multiply v, k and q, in products that accumulate in fp32. The backward keeps the log-sum-exp alone and computes the scores again, and its
-bits repeat. The reference (attention_reference.py) rounds less where a call is more than plain causal or full self-attention.
-FLOPs forward: 2 * B * H * T * S * (D + Dv), half of it when causal; backward 3.5 times that (2.5 were nothing computed twice). Bytes: q, k, v
-and out once, as long as the keys and values of the heads under way stay in the L2 cache.
+Scores, softmax and their gradients in fp32 (float64 for float64); probabilities and scores' gradients are rounded to the inputs' dtype before they
+multiply v, k and q, in products that accumulate in fp32. The backward keeps the log-sum-exp alone and computes the scores again; its bits repeat
+unless the caller has no need of that. The reference (attention_reference.py) rounds less where a call is more than plain causal or full
+self-attention.
+FLOPs forward: 2 * B * H * T * S * (D + Dv), half of it when causal; backward 3.5 times that, 2.5 times where its bits need not repeat. Bytes: q, k,
+v and out once, as long as the keys and values of the heads under way stay in the L2 cache.
 Sources: Vaswani et al. 2017; Dao et al. 2022 (arXiv 2205.14135), 2023 (arXiv 2307.08691); ALiBi: arXiv 2108.12409; sinks: arXiv 2309.17453.
 """
 
@@ -68,11 +69,12 @@ class _FlashAttention(torch.autograd.Function):
     """Forward and backward of the kernels; `longest` is the most queries and keys of a document, as far as the host knows."""
 
     @staticmethod
-    def forward(ctx, q, k, v, sinks, bias, f, longest):
+    def forward(ctx, q, k, v, sinks, bias, f, longest, deterministic):
         out, lse = forward(q, k, v, f, longest)
         held = [name for name, value in f._asdict().items() if isinstance(value, torch.Tensor)]
         ctx.save_for_backward(q, k, v, out, lse, *(getattr(f, name) for name in held))
         ctx.f, ctx.held, ctx.longest = f._replace(**dict.fromkeys(held)), held, longest
+        ctx.deterministic = deterministic
         ctx.bias_shape, ctx.sinks_dtype = None if bias is None else bias.shape, None if sinks is None else sinks.dtype
         ctx.set_materialize_grads(False)
         return out, lse
@@ -86,13 +88,14 @@ class _FlashAttention(torch.autograd.Function):
         grad = torch.zeros_like(out) if grad is None else grad
         delta = delta_of(grad, out, grad_lse)
         bias_shape = f.bias.shape if need_bias else None
-        grads = backward(grad, q, k, v, lse, delta, f, ctx.longest, queries=need_q, keys=need_k or need_v, bias_shape=bias_shape)
-        grad_q, grad_k, grad_v, grad_bias = grads
+        grad_q, grad_k, grad_v, grad_bias = backward(
+            grad, q, k, v, lse, delta, f, ctx.longest, ctx.deterministic, queries=need_q, keys=need_k or need_v, bias_shape=bias_shape
+        )  # fmt: skip
         grad_sinks = None
         if need_sinks:  # exp(sink - lse) is the share of each softmax that the sink takes
             share = torch.exp(f.sinks[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
             grad_sinks = -(share * delta).sum((0, 2)).to(ctx.sinks_dtype)
-        return grad_q, grad_k, grad_v, grad_sinks, None if grad_bias is None else grad_bias.view(ctx.bias_shape), None, None
+        return grad_q, grad_k, grad_v, grad_sinks, None if grad_bias is None else grad_bias.view(ctx.bias_shape), None, None, None
 
 
 def _check(
@@ -151,7 +154,7 @@ def _has_kernel(q, v, alibi_slopes) -> bool:
 def flash_attention(
     q_BTHD, k_BSKD, v_BSKD, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
     cu_seqlens=None, lengths=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None, return_lse=False,
-    impl="auto",
+    deterministic=True, impl="auto",
 ):  # fmt: skip
     """Attention of q (B, T, H, D) over k (B, S, K, D) and v (B, S, K, Dv); returns out (B, T, H, Dv) in q's dtype.
 
@@ -172,6 +175,7 @@ def flash_attention(
     dropout_p, seed   dropout of probabilities [0, 1); drawn from (seed, head, query, key), so it never depends on the layout;
                   seed: int, or int64 (B,), one per document with cu_seqlens
     return_lse    also return the log-sum-exp (B, H, T) in fp32 (float64 for float64), differentiable
+    deterministic  False lets kernels add to q's gradient by atomics: 5 products of tiles in place of 7, but its last bits differ from call to call
 
     Raises ValueError naming the argument for shapes, dtypes or combinations that make no sense.
     """
@@ -184,7 +188,7 @@ def flash_attention(
     if choose("flash_attention", impl, *tensors, triton=serves, native=True) == "triton":
         longest = _longest(q_BTHD, k_BSKD, cu_seqlens, cu_seqlens_k, lengths, bias)
         f = _features(q_BTHD, sinks=sinks, **options)
-        out, lse = _FlashAttention.apply(q_BTHD, k_BSKD, v_BSKD, sinks, bias, f, longest)
+        out, lse = _FlashAttention.apply(q_BTHD, k_BSKD, v_BSKD, sinks, bias, f, longest, deterministic)
         return (out, lse) if return_lse else out
     return flash_attention_reference(q_BTHD, k_BSKD, v_BSKD, sinks=sinks, lengths=lengths, return_lse=return_lse, impl=impl, **options)
 
@@ -204,7 +208,9 @@ def attention_delta(grad_BTHD, out_BTHD, grad_lse_BHT=None, *, impl="auto"):
     return attention_delta_reference(grad_BTHD, out_BTHD, grad_lse_BHT)
 
 
-def flash_attention_backward(grad_BTHD, q_BTHD, k_BSKD, v_BSKD, lse_BHT, delta_BHT, *, bias=None, lengths=None, dtype=None, impl="auto", **options):
+def flash_attention_backward(
+    grad_BTHD, q_BTHD, k_BSKD, v_BSKD, lse_BHT, delta_BHT, *, bias=None, lengths=None, dtype=None, deterministic=True, impl="auto", **options
+):
     """(grad_q, grad_k, grad_v, grad_bias or None) of attention to these keys, from a log-sum-exp and a delta over more keys than these.
 
     For ring attention: keys and values go round, every rank calls this with those it holds and adds up the results. grad (B, T, H, Dv) is the
@@ -227,7 +233,7 @@ def flash_attention_backward(grad_BTHD, q_BTHD, k_BSKD, v_BSKD, lse_BHT, delta_B
         f = _features(q_BTHD, bias=bias, **options)
         lse_BHT, delta_BHT = (x.float().contiguous() for x in (lse_BHT, delta_BHT))
         *grads, grad_bias = backward(
-            grad_BTHD.to(v_BSKD.dtype), q_BTHD, k_BSKD, v_BSKD, lse_BHT, delta_BHT, f, longest,
+            grad_BTHD.to(v_BSKD.dtype), q_BTHD, k_BSKD, v_BSKD, lse_BHT, delta_BHT, f, longest, deterministic,
             bias_shape=None if bias is None else f.bias.shape, dtype=dtype,
         )  # fmt: skip
         return *grads, None if bias is None else grad_bias.view(bias.shape)

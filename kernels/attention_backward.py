@@ -4,8 +4,9 @@
     grad_v_j = sum_i p_ij grad_i    grad_k_j = scale sum_i ds_ij q_i    grad_q_i = scale sum_j ds_ij k_j    grad_bias = ds
 
 One kernel owns keys and adds up over the queries that see them, of every head of their group; one owns queries and adds up over the keys they
-see. So each gradient is a sum in one program, in one order: its bits repeat. That costs 7 products of tiles where a kernel that adds to the
-queries' gradients by atomics needs 5. A bias has a third kernel, which owns elements of it and adds up over all that share them.
+see. So each gradient is a sum in one program, in one order: its bits repeat. That costs 7 products of tiles; 5 where the first adds to the queries'
+gradients by atomics, in fp32 and in whatever order programs come. A bias has a third kernel, which owns elements of it and adds up over all
+that share them.
 
 p and ds are rounded to the inputs' dtype before they multiply; scores, softmax and sums are in fp32.
 Source: Dao 2023 (FlashAttention-2, arXiv 2307.08691).
@@ -14,12 +15,13 @@ Source: Dao 2023 (FlashAttention-2, arXiv 2307.08691).
 from __future__ import annotations
 
 import torch
-from nanotrain.kernels.attention_configs import config
+from nanotrain.kernels.attention_configs import FUSED, config
 from nanotrain.kernels.attention_tiles import (
+    COUNTS,
     LOG2E,
     Features,
-    Shape,
     add_product,
+    add_rows,
     blocks_of,
     document_of,
     extent,
@@ -42,7 +44,7 @@ from nanotrain.kernels.attention_tiles import (
 from nanotrain.kernels.runtime import jit, launch, tl, triton
 
 
-@jit
+@jit(do_not_specialize=COUNTS)
 def _attention_delta_kernel(
     grad, out, grad_lse, delta, grad_strides, out_strides, lse_strides, T, heads, W: tl.constexpr, PART: tl.constexpr, BLOCK_M: tl.constexpr
 ):
@@ -75,7 +77,7 @@ def _tile(
         x, dp = inner(keys, queries, PRECISION), inner(values, grads, PRECISION)
     else:
         x, dp = inner(queries, keys, PRECISION), inner(grads, values, PRECISION)
-    y, slope = scores(x, i, j, shift, t, s, head, document, f)
+    y, slope = scores(x, i, j, shift, t, s, head, document, f, TAIL or i.shape[0] == 1)
     p = tl.exp2((y - sums) * LOG2E)
     if MASKED:
         p = hidden(p, i, j, shift, prefix, f, 0.0)
@@ -101,22 +103,22 @@ def _sums(lse, delta, i, inside):
     return tl.where(empty, float("inf"), sums), tl.where(empty, 0.0, deltas)
 
 
-@jit
+@jit(do_not_specialize=COUNTS)
 def _attention_keys_backward_kernel(
-    q, k, v, grad, lse, delta, grad_k, grad_v, f, shape, q_strides, k_strides, v_strides, grad_strides, grad_k_strides, grad_v_strides,
-    units, blocks, together, GROUP: tl.constexpr,
+    q, k, v, grad, lse, delta, grad_k, grad_v, grad_q, f, T, S, heads, documents, q_strides, k_strides, v_strides, grad_strides, grad_k_strides,
+    grad_v_strides, grad_q_strides, units, blocks, together, GROUP: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N keys of a key head and the queries of its GROUP heads; scores lie transposed, (keys, queries)."""
+    """BLOCK_N keys of a key head and the queries of its GROUP heads; scores lie transposed, (keys, queries). grad_q (fp32) may be None."""
     unit, block = turn(tl.program_id(0), units, blocks, together)
-    key_heads = shape.heads // GROUP
+    key_heads = heads // GROUP
     if f.cu_q is not None:
         key_head = unit
-        document, block = document_of(block, f.cu_k, shape.documents, BLOCK_N)
+        document, block = document_of(block, f.cu_k, documents, BLOCK_N)
     else:
         key_head, document = unit % key_heads, unit // key_heads
-    t, s, first_q, first_k, shift, prefix, start = extent(document, shape, f)
+    t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
     first = block * BLOCK_N
     j = first + tl.arange(0, BLOCK_N)
     inside = j < s
@@ -131,14 +133,14 @@ def _attention_keys_backward_kernel(
     first_head = key_head * GROUP
     heads_q = source(origin(q, q_strides, document, first_q, first_head, f), q_strides, t, GROUP, D, BLOCK_M, SPECIALIZED)
     heads_grad = source(origin(grad, grad_strides, document, first_q, first_head, f), grad_strides, t, GROUP, W, BLOCK_M, SPECIALIZED)
-    row = tl.cast(unit // key_heads * shape.heads + first_head, tl.int64) * shape.T + first_q
+    row = tl.cast(unit // key_heads * heads + first_head, tl.int64) * T + first_q
     turns = tl.cdiv(tl.maximum(0, high - low), BLOCK_M)
     for step in tl.range(0, turns * GROUP, warp_specialize=SPECIALIZED):
         member, at = step // turns, low + step % turns * BLOCK_M
         i = at + tl.arange(0, BLOCK_M)
         queries = rows_of(heads_q, member, at, t, q_strides, BLOCK_M, D0, D1, D, True, SPECIALIZED)
         grads = rows_of(heads_grad, member, at, t, grad_strides, BLOCK_M, W0, W1, W, True, SPECIALIZED)
-        of_head = row + tl.cast(member, tl.int64) * shape.T
+        of_head = row + tl.cast(member, tl.int64) * T
         sums, deltas = _sums(lse + of_head, delta + of_head, i, i < t)
         met, dx, _ds = _tile(
             queries, keys, values, grads, sums[None, :], deltas[None, :], i[None, :], j[:, None], start + i, f.k_start + first,
@@ -146,14 +148,18 @@ def _attention_keys_backward_kernel(
         )  # fmt: skip
         total_v = add_product(total_v, met, grads, PRECISION)
         total_k = add_product(total_k, dx, queries, PRECISION)
+        if grad_q is not None:
+            head_grad_q = origin(grad_q, grad_q_strides, document, first_q, first_head + member, f)
+            part_q = add_product(zeros(BLOCK_M, D0, D1), tl.trans(dx), keys, PRECISION)
+            add_rows(head_grad_q, i, grad_q_strides, i < t, scaled(part_q, f.scale), D0, D)
     store_rows(origin(grad_k, grad_k_strides, document, first_k, key_head, f), j, grad_k_strides, inside, scaled(total_k, f.scale), D0, D)
     store_rows(origin(grad_v, grad_v_strides, document, first_k, key_head, f), j, grad_v_strides, inside, total_v, W0, W)
 
 
-@jit
+@jit(do_not_specialize=COUNTS)
 def _attention_queries_backward_kernel(
-    q, k, v, grad, lse, delta, grad_q, f, shape, q_strides, k_strides, v_strides, grad_strides, grad_q_strides, units, blocks, together,
-    GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+    q, k, v, grad, lse, delta, grad_q, f, T, S, heads, documents, q_strides, k_strides, v_strides, grad_strides, grad_q_strides, units, blocks,
+    together, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of a head and the keys they see; blocks with the most keys come first."""
@@ -161,10 +167,10 @@ def _attention_queries_backward_kernel(
     block = blocks - 1 - order
     if f.cu_q is not None:
         head = unit
-        document, block = document_of(block, f.cu_q, shape.documents, BLOCK_M)
+        document, block = document_of(block, f.cu_q, documents, BLOCK_M)
     else:
-        head, document = unit % shape.heads, unit // shape.heads
-    t, s, first_q, first_k, shift, prefix, start = extent(document, shape, f)
+        head, document = unit % heads, unit // heads
+    t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
     first = block * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     inside = i < t
@@ -172,7 +178,7 @@ def _attention_queries_backward_kernel(
     head_grad = source(origin(grad, grad_strides, document, first_q, head, f), grad_strides, t, 1, W, BLOCK_M, SPECIALIZED)
     queries = rows_of(head_q, 0, first, t, q_strides, BLOCK_M, D0, D1, D, True, SPECIALIZED)
     grads = rows_of(head_grad, 0, first, t, grad_strides, BLOCK_M, W0, W1, W, True, SPECIALIZED)
-    row = unit.to(tl.int64) * shape.T + first_q
+    row = unit.to(tl.int64) * T + first_q
     sums, deltas = _sums(lse + row, delta + row, i, inside)
     head_k = source(origin(k, k_strides, document, first_k, head // GROUP, f), k_strides, s, 1, D, BLOCK_N, SPECIALIZED)
     head_v = source(origin(v, v_strides, document, first_k, head // GROUP, f), v_strides, s, 1, W, BLOCK_N, SPECIALIZED)
@@ -203,10 +209,10 @@ def _attention_queries_backward_kernel(
     store_rows(origin(grad_q, grad_q_strides, document, first_q, head, f), i, grad_q_strides, inside, scaled(total, f.scale), D0, D)
 
 
-@jit
+@jit(do_not_specialize=COUNTS)
 def _attention_bias_backward_kernel(
-    q, k, v, grad, lse, delta, grad_bias, f, shape, q_strides, k_strides, v_strides, grad_strides, bias_shape, row_blocks, column_blocks,
-    GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+    q, k, v, grad, lse, delta, grad_bias, f, T, S, heads, documents, q_strides, k_strides, v_strides, grad_strides, bias_shape, row_blocks,
+    column_blocks, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """A tile of the bias, (1 | BLOCK_M, 1 | BLOCK_N), and every batch entry, head, query and key that takes an element of it."""
@@ -215,10 +221,10 @@ def _attention_bias_backward_kernel(
     row_block, program = program % row_blocks, program // row_blocks
     head_of, document_at = program % bias_shape[1], program // bias_shape[1]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    document_end = shape.documents if bias_shape[0] == 1 else document_at + 1
-    head_end = shape.heads if bias_shape[1] == 1 else head_of + 1
+    document_end = documents if bias_shape[0] == 1 else document_at + 1
+    head_end = heads if bias_shape[1] == 1 else head_of + 1
     for document in range(document_at, document_end):
-        t, s, first_q, first_k, shift, prefix, start = extent(document, shape, f)
+        t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
         seed = tl.load(f.seeds + document * f.seeds_stride) if f.seeds is not None else 0
         row_end = t if ONE_ROW else tl.minimum(t, (row_block + 1) * BLOCK_M)
         column_end = s if ONE_COLUMN else tl.minimum(s, (column_block + 1) * BLOCK_N)
@@ -227,9 +233,9 @@ def _attention_bias_backward_kernel(
             head_k = origin(k, k_strides, document, first_k, head // GROUP, f)
             head_v = origin(v, v_strides, document, first_k, head // GROUP, f)
             head_grad = origin(grad, grad_strides, document, first_q, head, f)
-            row = head * tl.cast(shape.T, tl.int64) + first_q
+            row = head * tl.cast(T, tl.int64) + first_q
             if f.cu_q is None:
-                row += document * tl.cast(shape.T, tl.int64) * shape.heads
+                row += document * tl.cast(T, tl.int64) * heads
             for at_row in range(row_block * BLOCK_M, row_end, BLOCK_M):
                 i = at_row + tl.arange(0, BLOCK_M)
                 queries = rows_of(head_q, 0, at_row, t, q_strides, BLOCK_M, D0, D1, D, True, False)
@@ -266,40 +272,50 @@ def delta_of(grad, out, grad_lse) -> torch.Tensor:
         block = 32
         launch(
             _attention_delta_kernel, (triton.cdiv(T, block), B * H), grad, out, grad_lse, delta, grad.stride(), out.stride(),
-            None if grad_lse is None else grad_lse.stride(), T, H, W=W, PART=max(16, triton.next_power_of_2(W)), BLOCK_M=block, num_warps=4,
+            None if grad_lse is None else grad_lse.stride(), T, H, W=W, PART=max(16, triton.next_power_of_2(W)), BLOCK_M=block, num_warps=8,
         )  # fmt: skip
     return delta
 
 
-def backward(grad, q, k, v, lse, delta, f: Features, longest: tuple[int, int], *, queries=True, keys=True, bias_shape=None, dtype=None):
+def backward(
+    grad, q, k, v, lse, delta, f: Features, longest: tuple[int, int], deterministic: bool, *, queries=True, keys=True, bias_shape=None, dtype=None
+):
     """(grad_q, grad_k, grad_v, grad_bias) of what is asked for, else None; in `dtype`, or that of what each is the gradient of.
 
     grad (B, T, H, Dv), lse and delta (B, H, T) contiguous fp32; `longest` is the most queries and keys of a document.
     """
     (B, T, H, D), (S, K, W) = q.shape, v.shape[1:]
     documents = B if f.cu_q is None else len(f.cu_q) - 1
-    shape, group = Shape(T, S, H, documents), H // K
+    counts, group = (T, S, H, documents), H // K
     inputs = (q, k, v, grad, lse, delta)
     strides = q.stride(), k.stride(), v.stride(), grad.stride()
     widths = split(D, W) | dict(GROUP=group, PRECISION="ieee")
     bytes_each = (D + W) * q.element_size()
     grad_q = grad_k = grad_v = grad_bias = None
+    # A bias, dropout and wide heads leave no registers for a third gradient.
+    fused = queries and keys and not deterministic and f.bias is None and f.seeds is None and max(D, W) <= FUSED
+    if fused:
+        grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     if keys:
         grad_k, grad_v = (torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device) for x in (k, v))
         if S:
-            c = config("keys", (q, k, v, grad), f, longest[1])
+            c = config("fused" if fused else "keys", (q, k, v, grad), f, longest[1])
             blocks = blocks_of(S, c.block_n, documents, f)
+            to = grad_k, grad_v, grad_q
             launch(
-                _attention_keys_backward_kernel, (B * K * blocks,), *inputs, grad_k, grad_v, f, shape, *strides, grad_k.stride(), grad_v.stride(),
-                B * K, blocks, together(B * K, 1, group * T * bytes_each), **widths, **c.options(),
+                _attention_keys_backward_kernel, (B * K * blocks,), *inputs, *to, f, *counts, *strides,
+                *(None if x is None else x.stride() for x in to), B * K, blocks, together(B * K, 1, group * T * bytes_each), **widths,
+                **c.options(),
             )  # fmt: skip
-    if queries:
+    if fused:
+        grad_q = grad_q.to(dtype or q.dtype)
+    elif queries:
         grad_q = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
         if T:
             c = config("queries", (q, k, v, grad), f, longest[0])
             blocks = blocks_of(T, c.block_m, documents, f)
             launch(
-                _attention_queries_backward_kernel, (B * H * blocks,), *inputs, grad_q, f, shape, *strides, grad_q.stride(), B * H, blocks,
+                _attention_queries_backward_kernel, (B * H * blocks,), *inputs, grad_q, f, *counts, *strides, grad_q.stride(), B * H, blocks,
                 together(B * H, group, S * bytes_each), **widths, **c.options(),
             )  # fmt: skip
     if bias_shape is not None:
@@ -308,7 +324,7 @@ def backward(grad, q, k, v, lse, delta, f: Features, longest: tuple[int, int], *
             c = config("bias", (q, k, v, grad), f, longest[0])
             row_blocks, column_blocks = triton.cdiv(bias_shape[2], c.block_m), triton.cdiv(bias_shape[3], c.block_n)
             launch(
-                _attention_bias_backward_kernel, (bias_shape[0] * bias_shape[1] * row_blocks * column_blocks,), *inputs, grad_bias, f, shape,
+                _attention_bias_backward_kernel, (bias_shape[0] * bias_shape[1] * row_blocks * column_blocks,), *inputs, grad_bias, f, *counts,
                 *strides, tuple(bias_shape), row_blocks, column_blocks, **widths, ONE_ROW=bias_shape[2] == 1, ONE_COLUMN=bias_shape[3] == 1,
                 BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.warps, num_stages=c.stages,
             )  # fmt: skip

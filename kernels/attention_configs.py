@@ -33,12 +33,19 @@ class Config(NamedTuple):
         )  # fmt: skip
 
 
+FUSED = 128
+"""The widest heads for which one kernel can make all three gradients."""
+
 SHORT = 512
 """Rows of a document that count as few: they make few tiles, so that smaller ones keep more of the GPU busy."""
 
-Rows = tuple[tuple[int, tuple[int, int, int, int] | None, tuple[int, int, int, int]], ...]
-"""The largest width that a row is for, then (queries, keys, warps, stages) for short documents, and for longer ones. A width is a power of two
-or the sum of two; where q's and v's differ the larger counts."""
+Tile = tuple[int, int, int, int]
+"""Queries, keys, warps, stages."""
+
+Rows = tuple[tuple[int | Tile | None, ...], ...]
+"""The largest width that a row is for, then its tiles: for short documents, for longer ones, and for either where there is a bias or dropout,
+which take registers of their own; where fewer are given, the last is for the rest. A width is a power of two or the sum of two; where q's and
+v's differ the larger counts."""
 
 # Specialized warps, for half precision: 4 of them, to which the compiler adds those that copy. Every program makes its own descriptors, about
 # as long as a tile takes, so that short documents do without.
@@ -50,50 +57,65 @@ _SPECIALIZED: dict[str, dict[str, Rows]] = {
         "queries": ((128, None, (64, 64, 4, 2)),),
     },
     "interpreter": {
-        "forward": ((256, (32, 16, 4, 1), (32, 16, 4, 1)),),
-        "keys": ((256, (16, 32, 4, 1), (16, 32, 4, 1)),),
-        "queries": ((256, (32, 16, 4, 1), (32, 16, 4, 1)),),
+        "forward": ((256, (32, 16, 4, 1)),), "keys": ((256, (16, 32, 4, 1)),), "queries": ((256, (32, 16, 4, 1)),),
+        "fused": ((128, (16, 32, 4, 1)),),
     },
-}
+}  # fmt: skip
 
 _HALF: dict[str, dict[str, Rows]] = {
     "sm_80": {
         "forward": (
-            (64, (64, 64, 8, 2), (128, 64, 8, 3)), (96, (64, 64, 4, 2), (128, 64, 8, 3)), (128, (64, 32, 4, 2), (128, 64, 8, 3)),
-            (256, (64, 32, 8, 1), (64, 32, 8, 1)),
+            (64, (64, 64, 8, 2), (128, 64, 8, 3), (64, 64, 8, 2)), (96, (64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
+            (128, (64, 32, 4, 2), (128, 64, 8, 3), (64, 32, 8, 2)), (192, (32, 32, 8, 2)), (256, (64, 32, 8, 2)),
         ),
         "keys": (
-            (64, (32, 64, 8, 2), (32, 128, 8, 2)), (96, (32, 64, 4, 2), (32, 128, 8, 2)), (128, (64, 64, 8, 2), (64, 64, 8, 2)),
-            (192, (64, 32, 8, 2), (64, 32, 8, 2)), (256, (32, 64, 8, 2), (32, 64, 8, 2)),
+            (64, (32, 64, 8, 2), (32, 128, 8, 2), (32, 64, 8, 1)), (96, (32, 64, 4, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
+            (128, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)), (192, (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+            (256, (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
         ),
         "queries": (
-            (64, (64, 64, 8, 2), (64, 64, 8, 2)), (128, (64, 32, 4, 2), (64, 64, 8, 2)), (192, (32, 32, 8, 2), (32, 32, 8, 2)),
-            (256, (64, 32, 8, 2), (64, 32, 8, 2)),
+            (64, (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)), (128, (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+            (192, (32, 32, 8, 2)), (256, (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
         ),
-        "bias": ((96, (64, 32, 8, 1), (64, 32, 8, 1)), (128, (32, 32, 8, 1), (32, 32, 8, 1)), (256, (16, 32, 8, 1), (16, 32, 8, 1))),
+        "fused": ((96, (32, 128, 8, 2)), (128, (64, 64, 8, 2))),
+        "bias": ((64, (64, 32, 8, 2)), (256, (16, 32, 8, 1))),
     },
     "sm_90": {
         "forward": (
-            (96, (64, 64, 4, 2), (128, 128, 8, 2)), (128, (64, 64, 4, 2), (128, 64, 8, 3)), (256, (64, 32, 4, 2), (128, 64, 8, 2)),
+            (96, (64, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 2)), (128, (64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
+            (256, (64, 32, 4, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
         ),
         "keys": (
-            (64, (32, 64, 4, 2), (64, 128, 8, 2)), (96, (64, 64, 8, 2), (64, 128, 8, 2)), (128, (32, 64, 8, 2), (32, 128, 8, 2)),
-            (256, (32, 64, 8, 2), (32, 64, 8, 2)),
+            (64, (32, 64, 4, 2), (64, 128, 8, 2), (32, 128, 8, 2)), (128, (32, 64, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
+            (256, (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
         ),
-        "queries": ((128, (64, 64, 4, 2), (128, 64, 8, 3)), (256, (64, 32, 8, 2), (128, 32, 8, 2))),
-        "bias": ((128, (64, 64, 8, 2), (64, 64, 8, 2)), (256, (64, 32, 8, 1), (64, 32, 8, 1))),
+        "queries": (
+            (96, (64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)), (128, (64, 64, 4, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
+            (192, (64, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)), (256, (64, 32, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
+        ),
+        "fused": ((64, (64, 128, 8, 2)), (128, (64, 64, 8, 2))),
+        "bias": ((64, (64, 64, 8, 2)), (256, (64, 32, 8, 2))),
     },
     "sm_100": {
-        "forward": ((64, (64, 64, 4, 2), (128, 64, 8, 3)), (128, (64, 32, 4, 2), (128, 64, 8, 3)), (256, (64, 32, 4, 2), (128, 32, 8, 2))),
-        "keys": ((128, (64, 64, 4, 2), (64, 128, 8, 2)), (256, (64, 64, 8, 1), (64, 64, 8, 1))),
-        "queries": ((128, (64, 64, 4, 2), (128, 64, 8, 2)), (192, (64, 64, 4, 2), (64, 64, 8, 2)), (256, (64, 64, 4, 2), (128, 32, 8, 2))),
-        "bias": ((128, (64, 64, 8, 2), (64, 64, 8, 2)), (256, (64, 32, 8, 1), (64, 32, 8, 1))),
+        "forward": (
+            (64, (64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)), (128, (64, 32, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
+            (256, (64, 32, 4, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        ),
+        "keys": (
+            (128, (64, 64, 4, 2), (64, 128, 8, 2), (32, 128, 8, 2)), (256, (64, 64, 8, 1), (64, 64, 8, 1), (32, 64, 8, 2)),
+        ),
+        "queries": (
+            (64, (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2)), (128, (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+            (192, (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+            (256, (64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        ),
+        "fused": ((64, (64, 128, 8, 2)), (128, (64, 64, 8, 2))),
+        "bias": ((64, (64, 64, 8, 2)), (128, (64, 32, 8, 2)), (256, (16, 32, 8, 1))),
     },
     "gfx942": {
-        "forward": ((256, (64, 32, 4, 1), (64, 32, 4, 1)),),
-        "keys": ((128, (32, 64, 8, 1), (32, 64, 8, 1)), (256, (32, 32, 4, 1), (32, 32, 4, 1))),
-        "queries": ((128, (64, 32, 4, 1), (64, 32, 4, 1)), (256, (32, 32, 4, 1), (32, 32, 4, 1))),
-        "bias": ((64, (16, 32, 4, 1), (16, 32, 4, 1)), (128, (64, 64, 8, 2), (64, 64, 8, 2)), (256, (64, 64, 4, 2), (64, 64, 4, 2))),
+        "forward": ((256, (64, 32, 4, 1)),), "keys": ((128, (32, 64, 8, 1)), (256, (32, 32, 4, 1))),
+        "queries": ((128, (64, 32, 4, 1)), (256, (32, 32, 4, 1))), "fused": ((128, (32, 64, 8, 1)),),
+        "bias": ((64, (16, 32, 4, 1)), (128, (64, 64, 8, 2)), (256, (64, 64, 4, 2))),
     },
 }  # fmt: skip
 
@@ -102,47 +124,51 @@ _HALF: dict[str, dict[str, Rows]] = {
 
 _FULL: dict[str, dict[str, Rows]] = {
     "nvidia": {
-        "forward": ((64, (32, 32, 4, 2), (32, 64, 8, 2)), (96, (32, 32, 4, 2), (32, 32, 4, 2)), (256, (32, 16, 8, 2), (32, 16, 8, 2))),
-        "keys": ((64, (32, 32, 4, 2), (32, 32, 4, 2)), (128, (32, 32, 8, 2), (32, 32, 8, 2)), (256, (16, 32, 8, 1), (16, 32, 8, 1))),
-        "queries": ((64, (32, 32, 4, 2), (32, 32, 4, 2)), (128, (32, 16, 4, 2), (32, 16, 4, 2)), (256, (16, 32, 8, 2), (16, 32, 8, 2))),
-        "bias": ((256, (32, 32, 8, 2), (32, 32, 8, 2)),),
+        "forward": ((64, (32, 32, 4, 2)), (96, (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)), (256, (32, 16, 8, 2))),
+        "keys": (
+            (64, (32, 32, 8, 2)), (96, (32, 32, 4, 2)), (128, (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 4, 2)), (256, (16, 32, 8, 1)),
+        ),
+        "queries": (
+            (64, (32, 32, 4, 2)), (96, (32, 16, 4, 2), (32, 16, 4, 2), (32, 32, 8, 2)), (128, (32, 16, 4, 2)), (256, (16, 32, 8, 2)),
+        ),
+        "fused": ((64, (32, 32, 8, 2)), (128, (16, 32, 8, 1))),
+        "bias": ((256, (32, 32, 8, 2)),),
     },
     "gfx942": {
-        "forward": ((256, (32, 16, 4, 2), (32, 16, 4, 2)),),
-        "keys": ((128, (16, 32, 4, 2), (16, 64, 8, 2)), (256, (16, 16, 4, 1), (16, 16, 4, 1))),
-        "queries": ((256, (32, 16, 4, 2), (32, 16, 4, 2)),),
-        "bias": ((64, (32, 32, 8, 2), (32, 32, 8, 2)), (256, (32, 16, 4, 1), (32, 16, 4, 1))),
+        "forward": ((256, (32, 16, 4, 2)),), "keys": ((128, (16, 32, 4, 2), (16, 64, 8, 2)), (256, (16, 16, 4, 1))),
+        "queries": ((256, (32, 16, 4, 2)),), "fused": ((128, (16, 32, 4, 2)),),
+        "bias": ((64, (32, 32, 8, 2)), (256, (32, 16, 4, 1))),
     },
 }  # fmt: skip
 
-_INTERPRETER = _SPECIALIZED["interpreter"] | {"bias": ((256, (32, 16, 4, 1), (32, 16, 4, 1)),)}
+_INTERPRETER = _SPECIALIZED["interpreter"] | {"bias": ((256, (32, 16, 4, 1)),)}
 
 
-def _row(rows: Rows, width: int, length: int) -> tuple[int, int, int, int] | None:
-    for limit, short, long in rows:
-        if width <= limit:
-            return short if length <= SHORT else long
-    return None
+def _tile(rows: Rows, width: int, which: int) -> Tile | None:
+    """Tile number `which` (0, 1 or 2) of the row for this width."""
+    tiles = next((tiles for limit, *tiles in rows if width <= limit), (None,))
+    return tiles[min(which, len(tiles) - 1)]
 
 
 def config(kernel: str, tensors: tuple[torch.Tensor, ...], f: Features, length: int) -> Config:
-    """The configuration of a kernel ("forward", "keys", "queries", "bias") for (q, k, v) or (q, k, v, grad).
+    """The configuration of a kernel ("forward", "keys", "queries", "fused" for both of these in one, "bias") for (q, k, v) or (q, k, v, grad).
 
     `length` is the most rows of a document that programs share out among them.
     """
     q, _, v, *_ = tensors
     target, half = architecture(q.device), q.element_size() == 2
     width = max(sum(parts(q.shape[3])), sum(parts(v.shape[3])))
+    which = 2 if f.bias is not None or f.seeds is not None else 1 if length > SHORT else 0
     if (half or target == "interpreter") and _serves(kernel, tensors, f):
-        if (row := _row(_SPECIALIZED.get(target, {}).get(kernel, ()), width, length)) is not None:
-            return Config(*row, specialized=True)
+        if (tile := _tile(_SPECIALIZED.get(target, {}).get(kernel, ()), width, which)) is not None:
+            return Config(*tile, specialized=True)
     if target == "interpreter":
         table = _INTERPRETER
     elif half:
         table = _HALF.get(target, _HALF["sm_80"])
     else:
         table = _FULL["gfx942" if target.startswith("gfx") else "nvidia"]
-    return Config(*_row(table[kernel], width, length))
+    return Config(*_tile(table[kernel], width, which))
 
 
 def _serves(kernel: str, tensors: tuple[torch.Tensor, ...], f: Features) -> bool:
@@ -156,4 +182,4 @@ def _serves(kernel: str, tensors: tuple[torch.Tensor, ...], f: Features) -> bool
     if any(x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:3]) for x in tensors):
         return False
     # Keys meet the queries of their whole group, whose heads a descriptor takes for one wide row.
-    return kernel != "keys" or q.shape[2] == k.shape[2] or all(x.stride(2) == x.shape[3] for x in (q, *tensors[3:]))
+    return kernel not in ("keys", "fused") or q.shape[2] == k.shape[2] or all(x.stride(2) == x.shape[3] for x in (q, *tensors[3:]))

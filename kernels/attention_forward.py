@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from nanotrain.kernels.attention_configs import config
 from nanotrain.kernels.attention_tiles import (
+    COUNTS,
     LOG2E,
     Features,
-    Shape,
     add_product,
     blocks_of,
     document_of,
@@ -37,9 +37,9 @@ from nanotrain.kernels.attention_tiles import (
 from nanotrain.kernels.runtime import jit, launch, tl
 
 
-@jit
+@jit(do_not_specialize=COUNTS)
 def _attention_forward_kernel(
-    q, k, v, out, lse, f, shape, q_strides, k_strides, v_strides, out_strides, units, blocks, together,
+    q, k, v, out, lse, f, T, S, heads, documents, q_strides, k_strides, v_strides, out_strides, units, blocks, together,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
@@ -48,10 +48,10 @@ def _attention_forward_kernel(
     block = blocks - 1 - order
     if f.cu_q is not None:
         head = unit
-        document, block = document_of(block, f.cu_q, shape.documents, BLOCK_M)
+        document, block = document_of(block, f.cu_q, documents, BLOCK_M)
     else:
-        head, document = unit % shape.heads, unit // shape.heads
-    t, s, first_q, first_k, shift, prefix, start = extent(document, shape, f)
+        head, document = unit % heads, unit // heads
+    t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
     first = block * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     inside = i < t
@@ -59,7 +59,7 @@ def _attention_forward_kernel(
     k = source(origin(k, k_strides, document, first_k, head // GROUP, f), k_strides, s, 1, D, BLOCK_N, SPECIALIZED)
     v = source(origin(v, v_strides, document, first_k, head // GROUP, f), v_strides, s, 1, W, BLOCK_N, SPECIALIZED)
     out = origin(out, out_strides, document, first_q, head, f)
-    lse += unit.to(tl.int64) * shape.T + first_q
+    lse += unit.to(tl.int64) * T + first_q
     low, low_full, high_full, high, gap_at, gap = keys_seen(first, tl.minimum(first + BLOCK_M, t) - 1, s, shift, prefix, f, BLOCK_N)
     seed = tl.load(f.seeds + document * f.seeds_stride) if f.seeds is not None else 0
     queries = rows_of(q, 0, first, t, q_strides, BLOCK_M, D0, D1, D, True, SPECIALIZED)
@@ -85,7 +85,7 @@ def _attention_forward_kernel(
                 at += tl.where(at >= gap_at, gap, 0)
             j = at + tl.arange(0, BLOCK_N)
             keys = rows_of(k, 0, at, s, k_strides, BLOCK_N, D0, D1, D, phase != 1, SPECIALIZED)
-            y, _ = scores(inner(queries, keys, PRECISION), i[:, None], j[None, :], shift, t, s, head, document, f)
+            y, _ = scores(inner(queries, keys, PRECISION), i[:, None], j[None, :], shift, t, s, head, document, f, phase != 1)
             if phase != 1:
                 y = tl.where((j < s)[None, :], hidden(y, i[:, None], j[None, :], shift, prefix, f, float("-inf")), float("-inf"))
             above = tl.maximum(peak, tl.max(y, 1))
@@ -118,7 +118,7 @@ def forward(q, k, v, f: Features, longest: tuple[int, int]) -> tuple[torch.Tenso
     c = config("forward", (q, k, v), f, longest[0])
     blocks = blocks_of(T, c.block_m, documents, f)
     launch(
-        _attention_forward_kernel, (B * H * blocks,), q, k, v, out, lse, f, Shape(T, S, H, documents), q.stride(), k.stride(), v.stride(),
+        _attention_forward_kernel, (B * H * blocks,), q, k, v, out, lse, f, T, S, H, documents, q.stride(), k.stride(), v.stride(),
         out.stride(), B * H, blocks, together(B * H, H // K, S * (D + W) * q.element_size()), **split(D, W), GROUP=H // K, PRECISION="ieee",
         **c.options(),
     )  # fmt: skip

@@ -58,14 +58,8 @@ class Features(NamedTuple):
     """constexpr bool: whether 4 divides k_start, so that philox's words, four to a call, fall on whole tiles."""
 
 
-class Shape(NamedTuple):
-    """Extents that a kernel takes."""
-
-    T: int
-    S: int
-    heads: int
-    documents: int
-    """Batch entries, or packed documents."""
+COUNTS = ("T", "S", "heads", "documents", "units", "blocks", "together")
+"""Arguments for which kernels are not compiled apart: lengths and the number of documents are other ones in every batch."""
 
 
 def parts(width: int) -> tuple[int, int]:
@@ -159,6 +153,15 @@ def store_rows(base, rows, strides, inside, tile, P0: tl.constexpr, WIDTH: tl.co
 
 
 @jit
+def add_rows(base, rows, strides, inside, tile, P0: tl.constexpr, WIDTH: tl.constexpr):
+    """Add a tile in parts to what lies there in fp32, by atomics."""
+    for i in tl.static_range(len(tile)):
+        columns = i * P0 + tl.arange(0, tile[i].shape[1])
+        pointers = base + rows.to(tl.int64)[:, None] * strides[1] + columns[None, :] * strides[3]
+        tl.atomic_add(pointers, tile[i], inside[:, None] & (columns < WIDTH)[None, :], sem="relaxed")
+
+
+@jit
 def zeros(N: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
     """A tile of N rows in fp32."""
     if P1:
@@ -206,8 +209,8 @@ def tanh(x):
 
 
 @jit
-def scores(x, i, j, shift, t, s, head, document, f):
-    """(scores, their derivative by scale * x) of products x of queries i with keys j.
+def scores(x, i, j, shift, t, s, head, document, f, EDGE: tl.constexpr):
+    """(scores, their derivative by scale * x) of products x of queries i with keys j, of which only those of an EDGE may lie beyond the last.
 
     i and j are broadcast against each other to x's shape: (M, 1) and (1, N), or (1, M) and (N, 1) where x is transposed.
     """
@@ -219,7 +222,8 @@ def scores(x, i, j, shift, t, s, head, document, f):
     if f.bias is not None:
         base = f.bias + tl.cast(document, tl.int64) * f.bias_strides[0] + tl.cast(head, tl.int64) * f.bias_strides[1]
         pointers = base + i.to(tl.int64) * f.bias_strides[2] + j.to(tl.int64) * f.bias_strides[3]
-        y += tl.load(pointers, (i < t) & (j < s), 0.0).to(tl.float32)
+        # Without a mask that cuts through rows, one load takes several elements of them.
+        y += tl.load(pointers, (i < t) & (j < s) if EDGE else i < t, 0.0).to(tl.float32)
     if f.slopes is not None:
         by = tl.load(f.slopes + tl.cast(document, tl.int64) * f.slopes_stride + head)
         y -= by * tl.abs(i + shift - j).to(tl.float32)
@@ -257,17 +261,17 @@ def kept(rows, first_column, head, seed, f, COLUMNS: tl.constexpr):
 
 
 @jit
-def extent(document, shape, f):
+def extent(document, T, S, f):
     """(queries t, keys s, row of the first query, row of the first key, shift, prefix, global position of query 0) of a document."""
     if f.cu_q is not None:
         first_q, first_k = tl.load(f.cu_q + document).to(tl.int64), tl.load(f.cu_k + document).to(tl.int64)
         t = (tl.load(f.cu_q + document + 1) - first_q).to(tl.int32)
         s = (tl.load(f.cu_k + document + 1) - first_k).to(tl.int32)
         # A document of no rows has no place of its own at the end; descriptors, which have one row at least, take the last.
-        first_q, first_k = tl.minimum(first_q, shape.T - 1), tl.minimum(first_k, shape.S - 1)
+        first_q, first_k = tl.minimum(first_q, T - 1), tl.minimum(first_k, S - 1)
     else:
         first_q, first_k = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
-        t, s = shape.T, shape.S
+        t, s = T, S
     start = f.k_start + s - t if f.q_start is None else f.q_start
     prefix = 0
     if f.prefix is not None:

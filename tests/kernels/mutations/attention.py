@@ -1,9 +1,12 @@
 """Mistakes in kernels/attention.py that its tests must catch."""
 
 _FILE = "tests/kernels/test_attention.py"
-_PAIRS = ("slopes of each-shorter", "scale-slopes", "prefix-shorter", "documents-groups", "offsets-dropout", "bias-groups", "sinks-shorter")
+_GROUPS = (
+    "slopes of each-shorter-atomics", "scale-slopes-atomics", "bias of rows-prefix-shorter", "slopes-documents-groups",
+    "offsets-dropout-wide", "bias-prefix-groups", "window-sinks-shorter", "full-documents-wide",
+)  # fmt: skip
 TESTS = [
-    *(f"{_FILE}::test_pairs_of_features[{pair}]" for pair in _PAIRS),
+    *(f"{_FILE}::test_features_together[{group}]" for group in _GROUPS),
     f"{_FILE}::test_head_dims[160-96]",
     f"{_FILE}::test_biases_of_one_row",
     f"{_FILE}::test_backward_takes_any_layouts_and_gives_any_dtype",

@@ -1,10 +1,13 @@
 """Mistakes in kernels/attention_configs.py that its tests must catch."""
 
 _FILE = "tests/kernels/test_attention.py"
+_GROUPS = (
+    "softcap-scale-groups", "slopes-documents-groups", "scale-bias-offsets", "sinks-groups-atomics",
+)  # fmt: skip
 TESTS = [
     f"{_FILE}::test_both_ways_of_reading_are_taken",
     f"{_FILE}::test_backward_takes_any_layouts_and_gives_any_dtype",
-    *(f"{_FILE}::test_pairs_of_features[{pair}]" for pair in ("scale-groups", "slopes-groups", "scale-offsets")),
+    *(f"{_FILE}::test_features_together[{group}]" for group in _GROUPS),
 ]
 
 MUTATIONS = [

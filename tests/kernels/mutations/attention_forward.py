@@ -1,16 +1,19 @@
 """Mistakes in kernels/attention_forward.py that its tests must catch."""
 
 _FILE = "tests/kernels/test_attention.py"
-_PAIRS = ("window-prefix", "documents-groups", "window-wide", "offsets-dropout", "sinks-shorter")
+_GROUPS = (
+    "window-bias-prefix", "slopes-documents-groups", "window-groups-wide", "offsets-dropout-wide", "window-sinks-shorter",
+    "bias of rows-dropout-documents",
+)  # fmt: skip
 TESTS = [
     f"{_FILE}::test_a_query_that_sees_no_key_gives_zeros_and_zero_gradients",
-    *(f"{_FILE}::test_pairs_of_features[{pair}]" for pair in _PAIRS),
+    *(f"{_FILE}::test_features_together[{group}]" for group in _GROUPS),
 ]
 
 MUTATIONS = [
     ("flash_attention", "document_of(block, f.cu_q,", "document_of(block, f.cu_k,"),
     ("flash_attention", "origin(k, k_strides, document, first_k, head // GROUP, f)", "origin(k, k_strides, document, first_k, head % GROUP, f)"),
-    ("flash_attention", "    lse += unit.to(tl.int64) * shape.T + first_q\n", "    lse += unit.to(tl.int64) * shape.T\n"),
+    ("flash_attention", "    lse += unit.to(tl.int64) * T + first_q\n", "    lse += unit.to(tl.int64) * T\n"),
     ("flash_attention", "tl.load(f.seeds + document * f.seeds_stride)", "tl.load(f.seeds)"),
     ("flash_attention", "tl.load(f.sinks + head)\n        total = tl.full((BLOCK_M,), 1.0, tl.float32)\n", "tl.load(f.sinks + head)\n        total = tl.zeros((BLOCK_M,), tl.float32)\n"),
     ("flash_attention", "2 if SPECIALIZED else 1 if f.window is None else 0, 3", "2 if SPECIALIZED else 1, 3"),

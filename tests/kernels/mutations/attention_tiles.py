@@ -1,12 +1,15 @@
 """Mistakes in kernels/attention_tiles.py that its tests must catch."""
 
 _FILE = "tests/kernels/test_attention.py"
-_PAIRS = ("window-prefix", "full-slopes", "slopes of each-shorter", "window-offsets", "softcap-groups", "documents-groups", "bias-wide",
-          "slopes of each-bias of rows", "prefix-shorter", "prefix-offsets", "offsets-dropout")  # fmt: skip
+_GROUPS = (
+    "window-bias-prefix", "full-slopes of each-bias of rows", "full-wide-atomics", "scale-bias-offsets", "softcap-scale-groups",
+    "slopes-documents-groups", "slopes-bias-wide", "bias of rows-prefix-shorter", "slopes-prefix-offsets", "offsets-dropout-wide",
+    "slopes of each-shorter-atomics",
+)  # fmt: skip
 TESTS = [
     f"{_FILE}::test_blocks_of_thousands_of_documents",
     f"{_FILE}::test_programs_take_turns",
-    *(f"{_FILE}::test_pairs_of_features[{pair}]" for pair in _PAIRS),
+    *(f"{_FILE}::test_features_together[{group}]" for group in _GROUPS),
     f"{_FILE}::test_head_dims",
     f"{_FILE}::test_a_query_that_sees_no_key_gives_zeros_and_zero_gradients",
     f"{_FILE}::test_rows_further_apart_than_32_bits_reach",
@@ -21,6 +24,8 @@ MUTATIONS = [
     ("flash_attention", "(source.load([at, member * WIDTH]),)", "(source.load([at, member * 0]),)"),
     ("flash_attention", "strides[1], strides[3], rows < end, P0, P1, WIDTH", "strides[1], strides[3], rows < end, 0, P1, WIDTH"),
     ("flash_attention", "inside[:, None] & (columns < WIDTH)[None, :])\n", "inside[:, None])\n"),
+    ("flash_attention", "tile[i], inside[:, None] & (columns < WIDTH)[None, :], sem", "tile[i], inside[:, None], sem"),
+    ("flash_attention", "tile[i], inside[:, None] & (columns < WIDTH)[None, :], sem", "tile[i], (columns < WIDTH)[None, :], sem"),
     ("flash_attention", "        total = tl.dot(a[1], tl.trans(b[1]), total, input_precision=PRECISION)\n", "        total = tl.dot(a[1], tl.trans(b[1]), input_precision=PRECISION)\n"),
     ("flash_attention", "y, slope = capped * f.softcap, 1.0 - capped * capped", "y, slope = capped * f.softcap, 1.0"),
     ("flash_attention", "i.to(tl.int64) * f.bias_strides[2] + j.to(tl.int64) * f.bias_strides[3]", "i.to(tl.int64) * f.bias_strides[3] + j.to(tl.int64) * f.bias_strides[2]"),
