@@ -35,7 +35,7 @@ _PROGRAMS, _KEYS = 4, 256
 _MERGED = 4096
 """Elements of parts that a program merges at once, 32 a thread."""
 
-_CONFIGS = {2: {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)}, 4: {64: (16, 64, 8, 2), 128: (16, 32, 8, 2), 256: (16, 16, 8, 2)}}
+_CONFIGS = {2: {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)}, 4: {64: (16, 64, 8, 2), 128: (16, 32, 4, 2), 256: (16, 16, 8, 2)}}
 """By itemsize and by the widest head: queries of a tile at most, keys of a tile, warps and stages. More queries are tiles of their own, which
 read the keys again."""
 
@@ -97,7 +97,7 @@ def _rows(places, stride, inside, P0: tl.constexpr, P1: tl.constexpr, WIDTH: tl.
         return (_part(places, stride, inside, 0, P0, WIDTH),)
 
 
-@jit
+@jit(do_not_specialize=("cells", "blocks"))  # which grow with the cache
 def _decode_kernel(
     q, k, v, out, lse, lengths, table, slopes, sinks, scale, softcap, window, T, K, cells, blocks,
     q_strides, k_strides, v_strides, length_stride, table_strides, slopes_strides,
@@ -176,7 +176,7 @@ def _decode_kernel(
         tl.store(lse + part, tl.where(empty, float("-inf"), peak + tl.log2(total)), inside)
 
 
-@jit
+@jit(do_not_specialize=("splits",))
 def _decode_merge_kernel(parts, lse, out, splits, W: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
     """The parts (splits, W) of one query's result, weighted by their sums of exponentials."""
     row = tl.cast(tl.program_id(0), tl.int64)
@@ -223,8 +223,9 @@ def _decode(q, k_cache, v_cache, lengths, page_table, window, softcap, scale, al
     )  # fmt: skip
     if splits > 1:
         columns = triton.next_power_of_2(W)
-        together = min(triton.next_power_of_2(splits), max(1, _MERGED // columns))
-        launch(_decode_merge_kernel, (B * T * H,), made, lse, out, splits, W=W, COLUMNS=columns, SPLITS=together, num_warps=4)
+        launch(
+            _decode_merge_kernel, (B * T * H,), made, lse, out, splits, W=W, COLUMNS=columns, SPLITS=max(1, _MERGED // columns), num_warps=4
+        )  # fmt: skip
     return out
 
 
