@@ -100,8 +100,11 @@ class Row:
 # Limits of one block and of one multiprocessor. NVIDIA: CUDA C++ Programming Guide, "Compute Capabilities". AMD: LLVM's AMDGPU backend
 # (AMDGPUBaseInfo.cpp and GCNSubtarget.cpp, for gfx942).
 
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-"""Shared memory that a block may ask for [bytes]."""
+SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Shared memory that a block may ask for [bytes]. An A100's may have 163 KiB, but what is made for it serves sm_86, sm_89 and sm_120 too."""
+
+SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
+"""Shared memory of a multiprocessor [bytes]."""
 
 TENSOR_MEMORY = 512
 """Columns of tensor memory of an sm_100 multiprocessor."""
@@ -118,14 +121,14 @@ def occupancy(target: str, registers: int, shared: int, warps: int, *, scalars: 
         # each lane, given out by 8. A compute unit has 64 KiB of shared memory, given out by 512 bytes, and 16 barriers.
         slots = 4 * min(512 // _rounded(max(registers, 1), 8), 8 if scalars <= 100 else 7)
         blocks = min(slots // warps, 16 if warps > 1 else 32)
-        most, memory, needed = 32, 64 << 10, _rounded(shared, 512)
+        most, needed = 32, _rounded(shared, 512)
     else:
         # 64 warps, 32 blocks and 65,536 registers, which each of 4 schedulers gives out to whole warps by 256. A block takes 1 KiB of shared
-        # memory beside its own, which is given out by 128 bytes; the multiprocessor has 1 KiB more than a block may ask for.
+        # memory beside its own, which is given out by 128 bytes.
         slots = 4 * (16384 // _rounded(32 * max(registers, 1), 256))
         blocks = min(slots // warps, 64 // warps, 32, TENSOR_MEMORY // columns if columns else 32)
-        most, memory, needed = 64, SHARED_LIMIT[target] + 1024, _rounded(shared, 128) + 1024
-    return min(blocks, memory // needed if needed else blocks) * warps / most
+        most, needed = 64, _rounded(shared, 128) + 1024
+    return min(blocks, SHARED_MEMORY[target] // needed if needed else blocks) * warps / most
 
 
 def _rounded(number: int, unit: int) -> int:

@@ -5,7 +5,7 @@
     out_i = sum_j visible softmax_j(s_ij) v_j          sinks add exp(sink_h) to the denominator only
 
 Visible: every key, or with `causal` those with p_j <= p_i, or with `window` = w also p_j > p_i - w; keys with p_j < prefix_len are
-always visible. A query that sees no key gives zeros, log-sum-exp -inf and zero gradients.
+always visible. A query that sees no key gives zeros, log-sum-exp -inf (its sink, where there is one) and zero gradients.
 
 Shapes: q (B, T, H, D), k (B, S, K, D), v (B, S, K, Dv), H a multiple of K; out (B, T, H, Dv); log-sum-exp (B, H, T) in fp32.
 Scores, softmax and their gradients in fp32 (float64 for float64); probabilities and scores' gradients are rounded to the inputs' dtype before they
@@ -40,7 +40,7 @@ _WIDEST = 256
 
 
 def _features(
-    q, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
+    q, k, *, causal=True, window=None, softcap=None, scale=None, sinks=None, alibi_slopes=None, bias=None, prefix_len=None,
     cu_seqlens=None, cu_seqlens_k=None, q_start=None, k_start=0, head_start=0, dropout_p=0.0, seed=None,
 ) -> Features:  # fmt: skip
     """The options of a call as its kernels take them."""
@@ -49,10 +49,14 @@ def _features(
         value = value.to(torch.int64) if isinstance(value, torch.Tensor) else torch.full((), value, dtype=torch.int64, device=q.device)
         return (value.contiguous(), 1) if value.dim() else (value, 0)
 
+    if window is not None:
+        last = (k.shape[1] if q_start is None else q_start - k_start + q.shape[1]) - 1  # the key where the last query stands
+        window = window if window <= last else None  # which hides nothing
     slopes = None if alibi_slopes is None else alibi_slopes.detach().float().contiguous()
     prefix, prefix_stride = (None, 0) if prefix_len is None else vector(prefix_len)
     seeds, seeds_stride = vector(seed) if dropout_p else (None, 0)
     bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
+    cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     return Features(
         scale=float(q.shape[-1] ** -0.5 if scale is None else scale), softcap=None if softcap is None else float(softcap), window=window,
         sinks=None if sinks is None else sinks.detach().float().contiguous(),
@@ -60,7 +64,7 @@ def _features(
         bias=bias, bias_strides=() if bias is None else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True)),
         prefix=prefix, prefix_stride=prefix_stride, seeds=seeds, seeds_stride=seeds_stride,
         threshold=int(dropout_p * 2**32), kept=1.0 / (1.0 - dropout_p),
-        cu_q=cu_seqlens, cu_k=cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
+        cu_q=None if cu_seqlens is None else cu_seqlens.contiguous(), cu_k=None if cu_k is None else cu_k.contiguous(),
         q_start=q_start, k_start=k_start, head_start=head_start, causal=tl.constexpr(bool(causal)), aligned=tl.constexpr(k_start % 4 == 0),
     )  # fmt: skip
 
@@ -107,7 +111,7 @@ def _check(
         raise ValueError(f"{op}: q, k, v must have 4 dimensions, got {q.dim()}, {k.dim()}, {v.dim()}")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"{op}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    if q.shape[2] % k.shape[2]:
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(f"{op}: {q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{op}: dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}")
@@ -127,6 +131,11 @@ def _check(
         raise ValueError(f"{op}: cu_seqlens packs documents along T, so B must be 1, not {q.shape[0]}")
     if cu_seqlens is None and cu_seqlens_k is not None:
         raise ValueError(f"{op}: cu_seqlens_k without cu_seqlens")
+    for name, cut in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if cut is not None and (cut.dim() != 1 or cut.dtype not in (torch.int32, torch.int64) or len(cut) != len(cu_seqlens) or not len(cut)):
+            raise ValueError(f"{op}: {name} {tuple(cut.shape)} {cut.dtype} must be (documents + 1,) in int32 or int64, as many as in cu_seqlens")
+    if cu_seqlens is not None and cu_seqlens_k is None and q.shape[1] != k.shape[1]:
+        raise ValueError(f"{op}: cu_seqlens cuts {q.shape[1]} queries and {k.shape[1]} keys alike; give cu_seqlens_k where they differ")
     (B, T, H, _), S = q.shape, k.shape[1]
     B = B if cu_seqlens is None else len(cu_seqlens) - 1
     for name, value, shapes in (("sinks", sinks, [(H,)]), ("alibi_slopes", alibi_slopes, [(H,), (B, H)]), ("prefix_len", prefix_len, [(), (B,)]),
@@ -148,7 +157,9 @@ def _longest(q, k, cu_seqlens, cu_seqlens_k, lengths, bias) -> tuple[int, int]:
 
 def _has_kernel(q, v, alibi_slopes) -> bool:
     """Whether the kernels serve: they know no gradient of slopes."""
-    return has_kernel(q) and max(q.shape[3], v.shape[3]) <= _WIDEST and not (alibi_slopes is not None and alibi_slopes.requires_grad)
+    return has_kernel(q) and max(q.shape[3], v.shape[3]) <= _WIDEST and not (
+        alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled()
+    )
 
 
 def flash_attention(
@@ -165,12 +176,14 @@ def flash_attention(
     sinks         (H,) logits that join each softmax's denominator; differentiable
     alibi_slopes  (H,) or (B, H); the score of a pair falls by slope * distance
     bias          broadcastable to (B, H, T, S), added to the scores; differentiable; with cu_seqlens to (documents, H, t, s) where t and s
-                  are at least the longest document's: each document takes the first rows and columns of its own
+                  are at least the longest document's: each document takes the first rows and columns of its own;
+                  -inf hides a key
     prefix_len    int or (B,): the first keys are visible to every query (prefix LM; needs causal)
     cu_seqlens    (documents + 1,) int32 offsets of packed documents along T; B is 1; documents never see each other; `cu_seqlens_k` where
                   keys are cut elsewhere; B-shaped arguments then have one entry per document
     lengths       of those documents, where the host knows them: then the reference does not wait for the device to read cu_seqlens. On a GPU
-                  cu_seqlens itself is not checked: what does not rise from 0 to T reads beyond q, k and v
+                  the numbers in cu_seqlens are not checked: what does not rise from 0 to T reads beyond q, k, v and bias, or leaves rows of
+                  the result unwritten
     q_start, k_start, head_start   global index of the first query (None: k_start + S - T), key and head held here
     dropout_p, seed   dropout of probabilities [0, 1); drawn from (seed, head, query, key), so it never depends on the layout;
                   seed: int, or int64 (B,), one per document with cu_seqlens
@@ -187,7 +200,7 @@ def flash_attention(
     tensors = [x for x in (q_BTHD, k_BSKD, v_BSKD, sinks, *options.values()) if isinstance(x, torch.Tensor)]
     if choose("flash_attention", impl, *tensors, triton=serves, native=True) == "triton":
         longest = _longest(q_BTHD, k_BSKD, cu_seqlens, cu_seqlens_k, lengths, bias)
-        f = _features(q_BTHD, sinks=sinks, **options)
+        f = _features(q_BTHD, k_BSKD, sinks=sinks, **options)
         out, lse = _FlashAttention.apply(q_BTHD, k_BSKD, v_BSKD, sinks, bias, f, longest, deterministic)
         return (out, lse) if return_lse else out
     return flash_attention_reference(q_BTHD, k_BSKD, v_BSKD, sinks=sinks, lengths=lengths, return_lse=return_lse, impl=impl, **options)
@@ -230,7 +243,7 @@ def flash_attention_backward(
     serves = _has_kernel(q_BTHD, v_BSKD, None) and has_kernel(grad_BTHD)
     if choose("flash_attention_backward", impl, *tensors, triton=serves) == "triton":
         longest = _longest(q_BTHD, k_BSKD, options.get("cu_seqlens"), options.get("cu_seqlens_k"), lengths, bias)
-        f = _features(q_BTHD, bias=bias, **options)
+        f = _features(q_BTHD, k_BSKD, bias=bias, **options)
         lse_BHT, delta_BHT = (x.float().contiguous() for x in (lse_BHT, delta_BHT))
         *grads, grad_bias = backward(
             grad_BTHD.to(v_BSKD.dtype), q_BTHD, k_BSKD, v_BSKD, lse_BHT, delta_BHT, f, longest, deterministic,

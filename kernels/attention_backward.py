@@ -46,11 +46,12 @@ from nanotrain.kernels.runtime import jit, launch, tl, triton
 
 @jit(do_not_specialize=COUNTS)
 def _attention_delta_kernel(
-    grad, out, grad_lse, delta, grad_strides, out_strides, lse_strides, T, heads, W: tl.constexpr, PART: tl.constexpr, BLOCK_M: tl.constexpr
-):
+    grad, out, grad_lse, delta, grad_strides, out_strides, lse_strides, T, heads, blocks, W: tl.constexpr, PART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """grad . out - grad_lse of BLOCK_M queries of a head."""
-    head, i = tl.program_id(1) % heads, tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    entry = (tl.program_id(1) // heads).to(tl.int64)
+    unit, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    head, entry = unit % heads, (unit // heads).to(tl.int64)
     column, inside = tl.arange(0, PART), i < T
     mask = inside[:, None] & (column < W)[None, :]
     row = i.to(tl.int64)
@@ -61,7 +62,7 @@ def _attention_delta_kernel(
     value = tl.sum(a * b, 1)
     if grad_lse is not None:
         value -= tl.load(grad_lse + entry * lse_strides[0] + head.to(tl.int64) * lse_strides[1] + row * lse_strides[2], inside, 0.0)
-    tl.store(delta + tl.program_id(1).to(tl.int64) * T + row, value, inside)
+    tl.store(delta + unit.to(tl.int64) * T + row, value, inside)
 
 
 @jit
@@ -69,7 +70,7 @@ def _tile(
     queries, keys, values, grads, sums, deltas, i, j, rows, first_column, head, document, shift, t, s, prefix, seed, f,
     MASKED: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(probabilities that met v, gradient of scale * q . k / scale, gradient of the natural score) of a tile of queries (M) and keys (N).
+    """(probabilities that met v, gradient of scale * q . k, gradient of the score) of a tile of queries (M) and keys (N).
 
     All are (M, N), or (N, M) where i is (1, M) and j (N, 1); `sums` and `deltas` have the shape of i.
     """
@@ -120,6 +121,8 @@ def _attention_keys_backward_kernel(
         key_head, document = unit % key_heads, unit // key_heads
     t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
     first = block * BLOCK_N
+    if f.cu_q is not None:
+        t = tl.where(first < s, t, 0)  # in a place that no block has there is nothing to do
     j = first + tl.arange(0, BLOCK_N)
     inside = j < s
     head_k = source(origin(k, k_strides, document, first_k, key_head, f), k_strides, s, 1, D, BLOCK_N, SPECIALIZED)
@@ -144,7 +147,7 @@ def _attention_keys_backward_kernel(
         sums, deltas = _sums(lse + of_head, delta + of_head, i, i < t)
         met, dx, _ds = _tile(
             queries, keys, values, grads, sums[None, :], deltas[None, :], i[None, :], j[:, None], start + i, f.k_start + first,
-            first_head + member, document, shift, t, s, prefix, seed, f, True, False, PRECISION,
+            first_head + member, document, shift, t, s, prefix, seed, f, True, grad_q is not None, PRECISION,
         )  # fmt: skip
         total_v = add_product(total_v, met, grads, PRECISION)
         total_k = add_product(total_k, dx, queries, PRECISION)
@@ -160,7 +163,7 @@ def _attention_keys_backward_kernel(
 def _attention_queries_backward_kernel(
     q, k, v, grad, lse, delta, grad_q, f, T, S, heads, documents, q_strides, k_strides, v_strides, grad_strides, grad_q_strides, units, blocks,
     together, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of a head and the keys they see; blocks with the most keys come first."""
     unit, order = turn(tl.program_id(0), units, blocks, together)
@@ -172,35 +175,35 @@ def _attention_queries_backward_kernel(
         head, document = unit % heads, unit // heads
     t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
     first = block * BLOCK_M
+    if f.cu_q is not None:
+        s = tl.where(first < t, s, 0)  # in a place that no block has there is nothing to do
     i = first + tl.arange(0, BLOCK_M)
     inside = i < t
-    head_q = source(origin(q, q_strides, document, first_q, head, f), q_strides, t, 1, D, BLOCK_M, SPECIALIZED)
-    head_grad = source(origin(grad, grad_strides, document, first_q, head, f), grad_strides, t, 1, W, BLOCK_M, SPECIALIZED)
-    queries = rows_of(head_q, 0, first, t, q_strides, BLOCK_M, D0, D1, D, True, SPECIALIZED)
-    grads = rows_of(head_grad, 0, first, t, grad_strides, BLOCK_M, W0, W1, W, True, SPECIALIZED)
+    head_q = origin(q, q_strides, document, first_q, head, f)
+    head_grad = origin(grad, grad_strides, document, first_q, head, f)
+    queries = rows_of(head_q, 0, first, t, q_strides, BLOCK_M, D0, D1, D, True, False)
+    grads = rows_of(head_grad, 0, first, t, grad_strides, BLOCK_M, W0, W1, W, True, False)
     row = unit.to(tl.int64) * T + first_q
     sums, deltas = _sums(lse + row, delta + row, i, inside)
-    head_k = source(origin(k, k_strides, document, first_k, head // GROUP, f), k_strides, s, 1, D, BLOCK_N, SPECIALIZED)
-    head_v = source(origin(v, v_strides, document, first_k, head // GROUP, f), v_strides, s, 1, W, BLOCK_N, SPECIALIZED)
+    head_k = origin(k, k_strides, document, first_k, head // GROUP, f)
+    head_v = origin(v, v_strides, document, first_k, head // GROUP, f)
     seed = tl.load(f.seeds + document * f.seeds_stride) if f.seeds is not None else 0
     low, low_full, high_full, high, gap_at, gap = keys_seen(first, tl.minimum(first + BLOCK_M, t) - 1, s, shift, prefix, f, BLOCK_N)
     total = zeros(BLOCK_M, D0, D1)
-    # Keys at the lower edge, those that all queries see, keys at the upper edge; specialized warps have one loop, and mask it all.
-    for phase in tl.static_range(2 if SPECIALIZED else 1 if f.window is None else 0, 3):
+    # Keys at the lower edge, those that all queries see, keys at the upper edge.
+    for phase in tl.static_range(1 if f.window is None else 0, 3):
         if phase == 0:
             begin, end = low, low_full - gap
         elif phase == 1:
             begin, end = low_full, high_full
-        elif SPECIALIZED:
-            begin, end = low, high - gap
         else:
             begin, end = high_full, high
-        for at in tl.range(begin, end, BLOCK_N, warp_specialize=SPECIALIZED):
+        for at in range(begin, end, BLOCK_N):
             if f.window is not None and f.prefix is not None:
                 at += tl.where(at >= gap_at, gap, 0)
             j = at + tl.arange(0, BLOCK_N)
-            keys = rows_of(head_k, 0, at, s, k_strides, BLOCK_N, D0, D1, D, phase != 1, SPECIALIZED)
-            values = rows_of(head_v, 0, at, s, v_strides, BLOCK_N, W0, W1, W, phase != 1, SPECIALIZED)
+            keys = rows_of(head_k, 0, at, s, k_strides, BLOCK_N, D0, D1, D, phase != 1, False)
+            values = rows_of(head_v, 0, at, s, v_strides, BLOCK_N, W0, W1, W, phase != 1, False)
             _met, dx, _ds = _tile(
                 queries, keys, values, grads, sums[:, None], deltas[:, None], i[:, None], j[None, :], start + i, f.k_start + at, head, document,
                 shift, t, s, prefix, seed, f, phase != 1, phase != 1, PRECISION,
@@ -269,10 +272,12 @@ def delta_of(grad, out, grad_lse) -> torch.Tensor:
     B, T, H, W = out.shape
     delta = torch.empty(B, H, T, dtype=torch.float32, device=out.device)
     if delta.numel():
-        block = 32
+        part = max(16, triton.next_power_of_2(W))
+        block = 4096 // part  # 16 elements a thread
+        blocks = triton.cdiv(T, block)
         launch(
-            _attention_delta_kernel, (triton.cdiv(T, block), B * H), grad, out, grad_lse, delta, grad.stride(), out.stride(),
-            None if grad_lse is None else grad_lse.stride(), T, H, W=W, PART=max(16, triton.next_power_of_2(W)), BLOCK_M=block, num_warps=8,
+            _attention_delta_kernel, (B * H * blocks,), grad, out, grad_lse, delta, grad.stride(), out.stride(),
+            None if grad_lse is None else grad_lse.stride(), T, H, blocks, W=W, PART=part, BLOCK_M=block, num_warps=8,
         )  # fmt: skip
     return delta
 
@@ -305,7 +310,7 @@ def backward(
             launch(
                 _attention_keys_backward_kernel, (B * K * blocks,), *inputs, *to, f, *counts, *strides,
                 *(None if x is None else x.stride() for x in to), B * K, blocks, together(B * K, 1, group * T * bytes_each), **widths,
-                **c.options(),
+                SPECIALIZED=c.specialized, **c.options(),
             )  # fmt: skip
     if fused:
         grad_q = grad_q.to(dtype or q.dtype)
@@ -326,6 +331,6 @@ def backward(
             launch(
                 _attention_bias_backward_kernel, (bias_shape[0] * bias_shape[1] * row_blocks * column_blocks,), *inputs, grad_bias, f, *counts,
                 *strides, tuple(bias_shape), row_blocks, column_blocks, **widths, ONE_ROW=bias_shape[2] == 1, ONE_COLUMN=bias_shape[3] == 1,
-                BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.warps, num_stages=c.stages,
+                **c.options(),
             )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_bias

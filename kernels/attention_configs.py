@@ -28,9 +28,7 @@ class Config(NamedTuple):
 
     def options(self) -> dict[str, object]:
         """What a launch takes."""
-        return dict(
-            BLOCK_M=self.block_m, BLOCK_N=self.block_n, SPECIALIZED=self.specialized, num_warps=self.warps, num_stages=self.stages
-        )  # fmt: skip
+        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.warps, num_stages=self.stages)
 
 
 FUSED = 128
@@ -47,19 +45,16 @@ Rows = tuple[tuple[int | Tile | None, ...], ...]
 which take registers of their own; where fewer are given, the last is for the rest. A width is a power of two or the sum of two; where q's and
 v's differ the larger counts."""
 
-# Specialized warps, for half precision: 4 of them, to which the compiler adds those that copy. Every program makes its own descriptors, about
-# as long as a tile takes, so that short documents do without.
+# Specialized warps, for half precision: those that multiply are two groups of 4, which halve the rows that a program owns, queries or keys. There
+# must be 128 of them: of 64 both groups compute all. Of the kernel that owns queries 128 do not compile. Every program makes its own descriptors,
+# about as long as a tile takes, so that short documents do without.
 
 _SPECIALIZED: dict[str, dict[str, Rows]] = {
     "sm_90": {
         "forward": ((128, None, (128, 128, 4, 2)), (256, None, (128, 64, 4, 2))),
         "keys": ((64, None, (64, 128, 4, 2)), (128, None, (32, 128, 4, 2))),
-        "queries": ((128, None, (64, 64, 4, 2)),),
     },
-    "interpreter": {
-        "forward": ((256, (32, 16, 4, 1)),), "keys": ((256, (16, 32, 4, 1)),), "queries": ((256, (32, 16, 4, 1)),),
-        "fused": ((128, (16, 32, 4, 1)),),
-    },
+    "interpreter": {"forward": ((256, (32, 16, 4, 1)),), "keys": ((256, (16, 32, 4, 1)),)},
 }  # fmt: skip
 
 _HALF: dict[str, dict[str, Rows]] = {
@@ -71,11 +66,11 @@ _HALF: dict[str, dict[str, Rows]] = {
         "keys": (
             (64, (32, 64, 8, 2), (32, 128, 8, 2), (32, 64, 8, 1)), (96, (32, 64, 4, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
             (128, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)), (192, (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
-            (256, (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
+            (256, (32, 32, 8, 2)),
         ),
         "queries": (
             (64, (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)), (128, (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-            (192, (32, 32, 8, 2)), (256, (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+            (192, (32, 32, 8, 2)), (256, (64, 32, 8, 1)),
         ),
         "fused": ((96, (32, 128, 8, 2)), (128, (64, 64, 8, 2))),
         "bias": ((64, (64, 32, 8, 2)), (256, (16, 32, 8, 1))),
@@ -98,7 +93,7 @@ _HALF: dict[str, dict[str, Rows]] = {
     },
     "sm_100": {
         "forward": (
-            (64, (64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)), (128, (64, 32, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
+            (64, (64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 8, 2)), (128, (64, 32, 4, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
             (256, (64, 32, 4, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
         ),
         "keys": (
@@ -126,7 +121,8 @@ _FULL: dict[str, dict[str, Rows]] = {
     "nvidia": {
         "forward": ((64, (32, 32, 4, 2)), (96, (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)), (256, (32, 16, 8, 2))),
         "keys": (
-            (64, (32, 32, 8, 2)), (96, (32, 32, 4, 2)), (128, (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 4, 2)), (256, (16, 32, 8, 1)),
+            (64, (32, 32, 8, 2)), (96, (32, 32, 4, 2)), (128, (32, 32, 8, 2), (32, 32, 8, 2), (16, 32, 4, 2)),
+            (192, (16, 32, 8, 1)), (256, (16, 16, 8, 1)),
         ),
         "queries": (
             (64, (32, 32, 4, 2)), (96, (32, 16, 4, 2), (32, 16, 4, 2), (32, 32, 8, 2)), (128, (32, 16, 4, 2)), (256, (16, 32, 8, 2)),
@@ -141,7 +137,9 @@ _FULL: dict[str, dict[str, Rows]] = {
     },
 }  # fmt: skip
 
-_INTERPRETER = _SPECIALIZED["interpreter"] | {"bias": ((256, (32, 16, 4, 1)),)}
+_INTERPRETER = _SPECIALIZED["interpreter"] | {
+    "queries": ((256, (32, 16, 4, 1)),), "fused": ((128, (16, 32, 4, 1)),), "bias": ((256, (32, 16, 4, 1)),),
+}  # fmt: skip
 
 
 def _tile(rows: Rows, width: int, which: int) -> Tile | None:
@@ -164,10 +162,10 @@ def config(kernel: str, tensors: tuple[torch.Tensor, ...], f: Features, length: 
             return Config(*tile, specialized=True)
     if target == "interpreter":
         table = _INTERPRETER
-    elif half:
-        table = _HALF.get(target, _HALF["sm_80"])
+    elif target.startswith("gfx"):
+        table = (_HALF if half else _FULL)["gfx942"]
     else:
-        table = _FULL["gfx942" if target.startswith("gfx") else "nvidia"]
+        table = _HALF.get(target, _HALF["sm_80"]) if half else _FULL["nvidia"]
     return Config(*_tile(table[kernel], width, which))
 
 
@@ -176,10 +174,10 @@ def _serves(kernel: str, tensors: tuple[torch.Tensor, ...], f: Features) -> bool
     q, k, *_ = tensors
     if f.bias is not None or f.seeds is not None or not all(x.numel() for x in tensors):
         return False
-    # Rows of whole parts, 16 bytes aligned, wherever a head or a document begins.
-    if any(parts(x.shape[3]) != (x.shape[3], 0) or x.stride(3) != 1 for x in tensors):
+    # Rows of whole parts, apart from each other, 16 bytes aligned wherever a head or a document begins.
+    if any(parts(x.shape[3]) != (x.shape[3], 0) or x.stride(3) != 1 or x.stride(1) < x.shape[3] for x in tensors):
         return False
     if any(x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:3]) for x in tensors):
         return False
     # Keys meet the queries of their whole group, whose heads a descriptor takes for one wide row.
-    return kernel not in ("keys", "fused") or q.shape[2] == k.shape[2] or all(x.stride(2) == x.shape[3] for x in (q, *tensors[3:]))
+    return kernel != "keys" or q.shape[2] == k.shape[2] or all(x.stride(2) == x.shape[3] for x in (q, *tensors[3:]))

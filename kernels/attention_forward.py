@@ -53,6 +53,8 @@ def _attention_forward_kernel(
         head, document = unit % heads, unit // heads
     t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
     first = block * BLOCK_M
+    if f.cu_q is not None:
+        s = tl.where(first < t, s, 0)  # in a place that no block has there is nothing to do
     i = first + tl.arange(0, BLOCK_M)
     inside = i < t
     q = source(origin(q, q_strides, document, first_q, head, f), q_strides, t, 1, D, BLOCK_M, SPECIALIZED)
@@ -89,8 +91,12 @@ def _attention_forward_kernel(
             if phase != 1:
                 y = tl.where((j < s)[None, :], hidden(y, i[:, None], j[None, :], shift, prefix, f, float("-inf")), float("-inf"))
             above = tl.maximum(peak, tl.max(y, 1))
-            base = above if phase == 1 else tl.where(above == float("-inf"), 0.0, above)  # a query may have seen no key yet
-            p = tl.exp2(y * LOG2E - (base * LOG2E)[:, None])
+            # A query may have seen no key yet, or only some whose bias hides them.
+            base = above if phase == 1 and f.bias is None else tl.where(above == float("-inf"), 0.0, above)
+            if f.bias is None:
+                p = tl.exp2(y * LOG2E - (base * LOG2E)[:, None])
+            else:  # which may be as low as numbers go
+                p = tl.exp2((y - base[:, None]) * LOG2E)
             shrink = tl.exp2((peak - base) * LOG2E)
             total = total * shrink + tl.sum(p, 1)
             acc = scaled(acc, shrink[:, None])
@@ -120,6 +126,6 @@ def forward(q, k, v, f: Features, longest: tuple[int, int]) -> tuple[torch.Tenso
     launch(
         _attention_forward_kernel, (B * H * blocks,), q, k, v, out, lse, f, T, S, H, documents, q.stride(), k.stride(), v.stride(),
         out.stride(), B * H, blocks, together(B * H, H // K, S * (D + W) * q.element_size()), **split(D, W), GROUP=H // K, PRECISION="ieee",
-        **c.options(),
+        SPECIALIZED=c.specialized, **c.options(),
     )  # fmt: skip
     return out, lse

@@ -278,12 +278,10 @@ def _lengths(name, offsets, total, known=None):
 
 
 def document_lengths(q, k, cu_seqlens, cu_seqlens_k, lengths, bias):
-    """Lengths of the packed documents of q and of k; ValueError for offsets that do not fit these, each other or the bias."""
+    """Lengths of the packed documents of q and of k; ValueError for offsets that do not fit these or the bias."""
     lengths_q = _lengths("cu_seqlens", cu_seqlens, q.shape[1], lengths)
     S = k.shape[1]
     lengths_k = _lengths("cu_seqlens", cu_seqlens, S, lengths) if cu_seqlens_k is None else _lengths("cu_seqlens_k", cu_seqlens_k, S)
-    if len(lengths_q) != len(lengths_k):
-        raise ValueError(f"flash_attention: cu_seqlens has {len(lengths_q)} documents, cu_seqlens_k {len(lengths_k)}")
     longest = (max(lengths_q, default=0), max(lengths_k, default=0))
     if bias is not None and any(1 != n < length for n, length in zip(bias.shape[-2:], longest[2 - min(2, bias.dim()) :], strict=True)):
         raise ValueError(f"flash_attention: bias {tuple(bias.shape)} does not reach the longest document, {longest[0]} x {longest[1]}")

@@ -97,7 +97,7 @@ def _rows(places, stride, inside, P0: tl.constexpr, P1: tl.constexpr, WIDTH: tl.
         return (_part(places, stride, inside, 0, P0, WIDTH),)
 
 
-@jit(do_not_specialize=("cells", "blocks"))  # which grow with the cache
+@jit(do_not_specialize=("cells", "blocks"))
 def _decode_kernel(
     q, k, v, out, lse, lengths, table, slopes, sinks, scale, softcap, window, T, K, cells, blocks,
     q_strides, k_strides, v_strides, length_stride, table_strides, slopes_strides,
@@ -206,6 +206,7 @@ def _decode(q, k_cache, v_cache, lengths, page_table, window, softcap, scale, al
     out = torch.empty(B, T, H, W, dtype=q.dtype, device=q.device)
     if not out.numel() or not cells:
         return out.zero_()
+    window = None if window is None or window >= cells else window  # which hides none of the cells
     (D0, D1), (W0, W1), rows = parts(D), parts(W), T * (H // K)
     most, block_n, warps, stages = next(c for width, c in _CONFIGS[q.element_size()].items() if max(D0 + D1, W0 + W1) <= width)
     block_m = min(most, max(16, triton.next_power_of_2(rows)))

@@ -54,6 +54,7 @@ def test_the_table_of_a_kernel_on_four_targets(tmp_path):
 BROKEN = '''
 """Kernels that break a budget each, and the gate's reasons, as JSON."""
 import json
+import re
 import torch
 from benchmarks.cases import Case
 from benchmarks.compile_gate import TARGETS, compile_case, report
@@ -146,6 +147,15 @@ for c in select(["flash_attention"]):
             [r.kernel, r.config, r.found, r.specialized, r.spills] for r in compile_case(c, c.shapes[0], bfloat16, "sm_90") if "delta" not in r.kernel
         ]
 
+found["atomics"] = {}
+for c in select(["flash_attention"]):
+    if c.variant in ("", "atomics"):
+        inputs = c.make(c.shapes[0], bfloat16, "meta")
+        with paper_gpu("sm_90") as binaries:
+            out = c.call(inputs, "triton")
+            torch.autograd.grad(out, [inputs[name] for name in "qkv"], torch.empty_like(out))
+        found["atomics"][c.variant] = [b.kernel for b in binaries if re.search(r"\\b(atom|red)\\.", b.assembly)]
+
 found["specializations"] = []
 memory = torch.empty(1024, device="meta")
 for x in (memory[:256].view(4, 64), memory[:252].view(4, 63), memory[1:257].view(4, 64)):
@@ -197,11 +207,25 @@ def test_a_kernel_that_does_not_compile_hides_no_other(broken):
 
 
 def test_attention_on_hopper_has_specialized_warps(broken):
-    """Forward and backward of heads of 128 channels, causal, and of 64, full."""
+    """Forward and backward of heads of 128 channels, causal, and of 64, full; the compiler cannot specialize the kernel that owns queries."""
     assert len(broken["hopper"]) == 6
-    for _, config, *found in broken["hopper"]:
-        assert "SPECIALIZED=True" in config.split() and found == ["wgmma", True, 0]
+    for kernel, config, *found in broken["hopper"]:
+        specialized = "queries" not in kernel
+        assert ("SPECIALIZED=True" in config.split()) == specialized and found == ["wgmma", specialized, 0]
     assert {config.split()[1] for _, config, *_ in broken["hopper"]} == {"D=64", "D=128"}
+
+
+def test_specialized_warps_share_128_rows():
+    """Two groups of warps take half of them each: of 64 both would compute all."""
+    for target, kernels in attention_configs._SPECIALIZED.items():
+        for kernel, rows in kernels.items():
+            for _, *tiles in rows:
+                owned = [(queries if kernel == "forward" else keys) for queries, keys, *_ in filter(None, tiles)]
+                assert target == "interpreter" or owned == [128]
+
+
+def test_only_what_need_not_repeat_adds_by_atomics(broken):
+    assert broken["atomics"] == {"": [], "atomics": ["_attention_keys_backward_kernel"]}
 
 
 CRASHES = """

@@ -209,11 +209,11 @@ class Prefill:
         self.cache, self.first, self.lengths = cache, first, lengths
         counts = torch.tensor(lengths)
         ends = counts.cumsum(0)
-        self.cu_seqlens = F.pad(ends, (1, 0)).to(device, torch.int32)
-        self.ends = ends.to(device)
         rows = torch.arange(len(lengths)).repeat_interleave(counts)
-        self.positions = (torch.arange(len(rows)) - (ends - counts)[rows])[None].to(device)
-        self._rows, self._left = (first + rows).to(device), (counts[rows].to(device) - self.positions[0])
+        positions = torch.arange(len(rows)) - (ends - counts)[rows]
+        self._send = lambda tensor: pinned(tensor, device).to(device, non_blocking=True)
+        self.cu_seqlens, self.ends, self.positions = map(self._send, (F.pad(ends, (1, 0)).int(), ends, positions[None]))
+        self._rows, self._positions, self._left = first + rows, positions, counts[rows] - positions  # on the host
         self._cells: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(self, layer: int, q, k, v, *, window, **options):
@@ -221,7 +221,8 @@ class Prefill:
         held = self.cache.layer(layer, k, v, window)
         if window not in self._cells:
             kept = (self._left <= self.cache.size(window)).nonzero()[:, 0]  # the last tokens of each prompt
-            self._cells[window] = kept, self.cache.flat(window, self._rows[kept], self.positions[0, kept])
+            sent, rows, positions = map(self._send, (kept, self._rows[kept], self._positions[kept]))
+            self._cells[window] = sent, self.cache.flat(window, rows, positions)
         kept, cells = self._cells[window]
         for cells_held, new in zip(held, (k, v), strict=True):
             cells_held.flatten(0, 1).index_copy_(0, cells, new[0, kept])

@@ -64,10 +64,11 @@ def normal(shape, seed, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def run(shape, dtype, layout="contiguous", *, sinks=False, bias=None, draw=0, kernels=KERNELS, **options):
-    """Check a call of shape (B, T, S, H, K, D, Dv) with these options."""
+def run(shape, dtype, layout="contiguous", *, sinks=False, bias=None, draw=0, size=1.0, kernels=KERNELS, **options):
+    """Check a call of shape (B, T, S, H, K, D, Dv) with these options; queries are `size` times normal numbers."""
     B, T, S, H, K, D, W = shape
     tensors = {name: normal(s, draw + i, dtype) for i, (name, s) in enumerate((("q", (B, T, H, D)), ("k", (B, S, K, D)), ("v", (B, S, K, W))))}
+    tensors["q"] *= size
     if sinks:
         tensors["sinks"] = normal((H,), draw + 3, dtype)
     if bias is not None:
@@ -123,7 +124,7 @@ GROUPS = groups()
 
 def features(
     dtype, layout="contiguous", *, draw=0, batch=1, group=1, widths=(16, 16), length=33, shorter=False, documents=False, slopes=None, bias=None,
-    prefix=False, offsets=False, dropout_p=0.0, sinks=False, key_heads=2, **options,
+    prefix=False, offsets=False, dropout_p=0.0, sinks=False, key_heads=2, size=1.0, **options,
 ):  # fmt: skip
     """Check a call with features by their names here, on a batch, or on five documents, one of no token and one of one."""
     T, S, H = length * LONG, (length + 13) * LONG, key_heads * group
@@ -148,7 +149,7 @@ def features(
     if dropout_p:
         options |= dict(dropout_p=dropout_p, seed=torch.arange(n, device=DEVICE) * 2**33 + draw)
     shape = {None: None, "HTS": (1, H, t, s), "BT1": (n, 1, t, 1)}[bias]
-    run((1 if documents else batch, T, S, H, key_heads, *widths), dtype, layout, sinks=sinks, bias=shape, draw=draw, **options)
+    run((1 if documents else batch, T, S, H, key_heads, *widths), dtype, layout, sinks=sinks, bias=shape, draw=draw, size=size, **options)
 
 
 @pytest.mark.parametrize("number", range(len(GROUPS)), ids=map("-".join, GROUPS))
@@ -160,9 +161,10 @@ def test_features_together(number):
 
 
 @given(data=st.data(), dtype=dtypes, layout=layouts, draw=seeds)
-@drawn(10)
+@drawn(25)
 def test_shapes_and_features_at_random(data, dtype, layout, draw):
-    """Any features together, odd shapes: rows of one token, more queries than keys, head dims of any width, no key for some queries."""
+    """Any features together, odd shapes: rows of one token, more queries than keys, head dims of any width, no key for some queries, scores flat
+    or sharp."""
     chosen = data.draw(st.sets(st.sampled_from(sorted(FEATURES)), min_size=2, max_size=5))
     options = {}
     for name in sorted(chosen):
@@ -172,6 +174,7 @@ def test_shapes_and_features_at_random(data, dtype, layout, draw):
     if options.get("causal") is False:
         options = {name: value for name, value in options.items() if name not in ("window", "prefix")}
     options |= dict(widths=data.draw(st.tuples(*[st.sampled_from((16, 24, 33, 80, 96))] * 2)), length=data.draw(st.integers(22, 40)))
+    options["size"] = data.draw(st.sampled_from((1.0, 6.0)))
     features(dtype, layout, draw=draw, **options)
 
 
@@ -225,6 +228,42 @@ def test_a_query_that_sees_no_key_gives_zeros_and_zero_gradients():
     assert (grads[0][:, :30] == 0).all() and all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # of exponents, to minus infinity
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
+def test_a_bias_may_hide_keys(lowest):
+    """As that of a batch padded at its left does; of the first keys so many that whole tiles are hidden."""
+    leaves = [normal((1, 70 * LONG, 2, 16), i).requires_grad_() for i in range(3)]
+    bias = torch.zeros(70 * LONG, device=DEVICE)
+    bias[: 40 * LONG] = lowest
+    results = []
+    for impl in ("triton", "reference"):
+        out = flash_attention(*leaves, bias=bias, causal=False, impl=impl)
+        results.append((out, *torch.autograd.grad(out, leaves, normal(out.shape, 3))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_keys_beyond_the_last_add_nothing_to_gradients_by_atomics():
+    """Were their scores 0 in place of none, the probability of one would be exp(-lse), which overflows here."""
+    leaves = [(normal((1, 40, 2, 16), i) * size).half().requires_grad_() for i, size in enumerate((20, 1, 1))]
+    results = []
+    for deterministic in (True, False):
+        out = flash_attention(*leaves, causal=False, deterministic=deterministic, impl="triton")
+        results.append(torch.autograd.grad(out, leaves, normal(out.shape, 3).half()))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("window", [36, 37, 2**31 - 1, 2**40])
+def test_windows_that_hide_one_key_or_none(window):
+    run((1, 37, 37, 2, 1, 16, 16), torch.float32, window=window)
+
+
+def test_documents_cut_by_every_other_number():
+    cut = torch.tensor([0, 9, 7, 9, 7, 9, 40, 9], dtype=torch.int64, device=DEVICE)[::2]
+    run((1, 40, 40, 2, 2, 16, 16), torch.float32, cu_seqlens=cut)
+
+
 @pytest.mark.parametrize("T,S", [(0, 5), (5, 0), (0, 0)])
 def test_no_queries_or_no_keys(T, S):
     q, k, v = (normal(s, i).requires_grad_() for i, s in enumerate(((2, T, 2, 16), (2, S, 2, 16), (2, S, 2, 16))))
@@ -265,7 +304,8 @@ def test_rows_further_apart_than_32_bits_reach(name, width):
     check(attend("triton"), attend("reference"), moved, KERNELS, usual=partial(usual, options={}))
 
 
-def test_ring_blocks_add_up():
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_ring_blocks_add_up(deterministic):
     """Keys in two halves, each with its own offset: outputs merge by log-sum-exp, gradients of each from the whole's add up."""
     q, k, v, up = (normal((1, 40, 2, 16), i) for i in range(4))
     whole, lse = flash_attention(q, k, v, return_lse=True, impl="triton")
@@ -275,7 +315,8 @@ def test_ring_blocks_add_up():
     torch.testing.assert_close(merged, lse)
     torch.testing.assert_close(sum(out * torch.exp(part - merged).transpose(1, 2)[..., None] for out, part in parts), whole)
     delta = attention_delta(up, whole, impl="triton")
-    rounds = [flash_attention_backward(up, q, *kv, merged, delta, impl="triton", dtype=torch.float32, **o) for *kv, o in halves]
+    given = dict(impl="triton", dtype=torch.float32, deterministic=deterministic)
+    rounds = [flash_attention_backward(up, q, *kv, merged, delta, **given, **o) for *kv, o in halves]
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     want = torch.autograd.grad(flash_attention(*leaves, impl="reference"), leaves, up)
     got = (sum(r[0] for r in rounds), *(torch.cat([r[i] for r in rounds], 1) for i in (1, 2)))
@@ -296,7 +337,7 @@ def test_backward_takes_any_layouts_and_gives_any_dtype(bias):
 
 
 def test_both_ways_of_reading_are_taken():
-    """Whole rows by descriptors and specialized warps, all else by addresses: the tests above have both."""
+    """Whole rows by descriptors and specialized warps, all else by addresses, as the third kernel always: the tests above have both."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
         real = attention_configs.config
@@ -306,7 +347,7 @@ def test_both_ways_of_reading_are_taken():
             q, k, v = (place(normal((1, 40, 2, width), i), layout).requires_grad_() for i in range(3))
             flash_attention(q, k, v, impl="triton").backward(normal(q.shape, 3))
     if DEVICE.type == "cpu" or torch.cuda.get_device_capability() == (9, 0):
-        assert [c.specialized for c in found] == [True] * 3 + [False] * 6
+        assert [c.specialized for c in found] == [True, True] + [False] * 7
 
 
 @on_gpu

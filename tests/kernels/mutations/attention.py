@@ -11,9 +11,14 @@ TESTS = [
     f"{_FILE}::test_biases_of_one_row",
     f"{_FILE}::test_backward_takes_any_layouts_and_gives_any_dtype",
     f"{_FILE}::test_only_what_is_asked_for_is_computed",
+    f"{_FILE}::test_windows_that_hide_one_key_or_none",
+    f"{_FILE}::test_documents_cut_by_every_other_number",
 ]
 
 MUTATIONS = [
+    ("flash_attention", "window if window <= last else None", "window if window < last else None"),
+    ("flash_attention", "window if window <= last else None", "window"),
+    ("flash_attention", "cu_q=None if cu_seqlens is None else cu_seqlens.contiguous()", "cu_q=cu_seqlens"),
     ("flash_attention", "return (value.contiguous(), 1) if value.dim()", "return (value.contiguous(), 0) if value.dim()"),
     ("flash_attention", "scale=float(q.shape[-1] ** -0.5 if scale is None else scale)", "scale=float(q.shape[-1] ** -0.5)"),
     ("flash_attention", "slopes_stride=slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0", "slopes_stride=0"),

@@ -5,8 +5,10 @@ _GROUPS = (
     "softcap-scale-groups", "slopes-documents-groups", "bias-prefix-groups", "full-slopes of each-bias of rows",
     "bias of rows-dropout-documents", "slopes of each-bias of rows-wide", "window-bias-prefix", "window-groups-wide",
     "slopes of each-dropout-groups", "offsets-dropout-wide", "scale-slopes-atomics", "sinks-groups-atomics", "offsets-documents-atomics",
+    "bias of rows-prefix-atomics",
 )  # fmt: skip
 TESTS = [
+    f"{_FILE}::test_keys_beyond_the_last_add_nothing_to_gradients_by_atomics",
     f"{_FILE}::test_a_query_that_sees_no_key_gives_zeros_and_zero_gradients",
     *(f"{_FILE}::test_features_together[{group}]" for group in _GROUPS),
     f"{_FILE}::test_head_dims",
@@ -30,7 +32,8 @@ MUTATIONS = [
     ("flash_attention", "first_k, key_head, f), j, grad_k_strides, inside, scaled(total_k, f.scale)", "first_k, key_head, f), j, grad_k_strides, inside, scaled(total_k, 1.0)"),
     ("flash_attention", "i < t, scaled(part_q, f.scale)", "i < t, scaled(part_q, 1.0)"),
     ("flash_attention", "document, first_q, first_head + member, f)\n            part_q", "document, first_q, first_head, f)\n            part_q"),
-    ("flash_attention", "f.bias is None and f.seeds is None and max", "f.bias is None and max"),
+    ("flash_attention", "f.bias is None and f.seeds is None and max", "f.seeds is None and max"),
+    ("flash_attention", "f, True, grad_q is not None, PRECISION", "f, True, False, PRECISION"),
     ("flash_attention", "1 if f.window is None else 0, 3", "1, 3"),
     ("flash_attention", "at >= gap_at, gap, 0", "at > gap_at, gap, 0"),
     ("flash_attention", "phase != 1, phase != 1, PRECISION,", "False, phase != 1, PRECISION,"),

@@ -24,8 +24,6 @@ MUTATIONS = [
     ("flash_attention", "(source.load([at, member * WIDTH]),)", "(source.load([at, member * 0]),)"),
     ("flash_attention", "strides[1], strides[3], rows < end, P0, P1, WIDTH", "strides[1], strides[3], rows < end, 0, P1, WIDTH"),
     ("flash_attention", "inside[:, None] & (columns < WIDTH)[None, :])\n", "inside[:, None])\n"),
-    ("flash_attention", "tile[i], inside[:, None] & (columns < WIDTH)[None, :], sem", "tile[i], inside[:, None], sem"),
-    ("flash_attention", "tile[i], inside[:, None] & (columns < WIDTH)[None, :], sem", "tile[i], (columns < WIDTH)[None, :], sem"),
     ("flash_attention", "        total = tl.dot(a[1], tl.trans(b[1]), total, input_precision=PRECISION)\n", "        total = tl.dot(a[1], tl.trans(b[1]), input_precision=PRECISION)\n"),
     ("flash_attention", "y, slope = capped * f.softcap, 1.0 - capped * capped", "y, slope = capped * f.softcap, 1.0"),
     ("flash_attention", "i.to(tl.int64) * f.bias_strides[2] + j.to(tl.int64) * f.bias_strides[3]", "i.to(tl.int64) * f.bias_strides[3] + j.to(tl.int64) * f.bias_strides[2]"),
