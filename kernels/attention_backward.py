@@ -165,7 +165,7 @@ def _attention_queries_backward_kernel(
     together, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of a head and the keys they see; blocks with the most keys come first."""
+    """BLOCK_M queries of a head and the keys they see; blocks that see the most come first, of packed documents those of each."""
     unit, order = turn(tl.program_id(0), units, blocks, together)
     block = blocks - 1 - order
     if f.cu_q is not None:

@@ -43,7 +43,10 @@ def _attention_forward_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """GROUP query heads share a key head; D and W are the widths of q and k, and of v; blocks with the most keys come first."""
+    """GROUP query heads share a key head; D and W are the widths of q and k, and of v.
+
+    Blocks that see the most keys come first, of packed documents those of each.
+    """
     unit, order = turn(tl.program_id(0), units, blocks, together)
     block = blocks - 1 - order
     if f.cu_q is not None:

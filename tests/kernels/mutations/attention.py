@@ -24,7 +24,7 @@ MUTATIONS = [
     ("flash_attention", "slopes_stride=slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0", "slopes_stride=0"),
     ("flash_attention", "tuple(0 if n == 1 else s for n, s in", "tuple(s for n, s in"),
     ("flash_attention", "threshold=int(dropout_p * 2**32)", "threshold=int((1.0 - dropout_p) * 2**32)"),
-    ("flash_attention", "cu_k=cu_seqlens if cu_seqlens_k is None else cu_seqlens_k", "cu_k=cu_seqlens"),
+    ("flash_attention", "cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k", "cu_k = cu_seqlens"),
     ("flash_attention", "tl.constexpr(k_start % 4 == 0)", "tl.constexpr(True)"),
     ("flash_attention", "        delta = delta_of(grad, out, grad_lse)", "        delta = delta_of(grad, out, None)"),
     ("flash_attention", "            share = torch.exp(f.sinks[:, None] - lse)", "            share = torch.exp(f.sinks[:, None])"),

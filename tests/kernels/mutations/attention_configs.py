@@ -12,7 +12,7 @@ TESTS = [
 
 MUTATIONS = [
     ("flash_attention", "    if (half or target == \"interpreter\") and _serves(kernel, tensors, f):", "    if False:"),
-    ("flash_attention", "!= (x.shape[3], 0) or x.stride(3) != 1 for x", "!= (x.shape[3], 0) for x"),
+    ("flash_attention", "!= (x.shape[3], 0) or x.stride(3) != 1 or", "!= (x.shape[3], 0) or"),
     ("flash_attention", "q.shape[2] == k.shape[2] or all(x.stride(2) == x.shape[3] for x in (q, *tensors[3:]))", "True"),
     ("flash_attention", "x.shape[3] for x in (q, *tensors[3:]))", "x.shape[3] for x in (q,))"),
 ]  # fmt: skip

@@ -24,7 +24,7 @@ MUTATIONS = [
     ("flash_attention", "            begin, end = low, high - gap\n", "            begin, end = low, high_full - gap\n"),
     ("flash_attention", "at >= gap_at, gap, 0", "at > gap_at, gap, 0"),
     ("flash_attention", "                y = tl.where((j < s)[None, :], hidden(y, i[:, None], j[None, :], shift, prefix, f, float(\"-inf\")), float(\"-inf\"))", "                y = hidden(y, i[:, None], j[None, :], shift, prefix, f, float(\"-inf\"))"),
-    ("flash_attention", "base = above if phase == 1 else tl.where(above == float(\"-inf\"), 0.0, above)", "base = above"),
+    ("flash_attention", "base = above if phase == 1 and f.bias is None else tl.where(above == float(\"-inf\"), 0.0, above)", "base = above"),
     ("flash_attention", "            acc = scaled(acc, shrink[:, None])\n", ""),
     ("flash_attention", "kept(start + i, f.k_start + at,", "kept(start + i, at,"),
     ("flash_attention", "        factor *= f.kept\n", "        factor *= 1.0\n"),
