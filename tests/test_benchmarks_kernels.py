@@ -324,7 +324,7 @@ def test_pipelined_specializes_no_warps_in_its_backward_either(monkeypatch):
     for function, specialized in ((lambda inputs: one.call(inputs, "triton"), True), (one.peers["pipelined"](), False)):
         found.clear()
         work.ready(function, "backward")()
-        assert [c.specialized for c in found] == [specialized] * 3
+        assert [c.specialized for c in found] == [specialized, specialized, False]  # the third kernel never
 
 
 def test_decodings_peer_does_the_same():
