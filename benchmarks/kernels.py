@@ -464,7 +464,7 @@ def predict(names: Sequence[str], dtypes: Sequence[torch.dtype], svg: Path | Non
     status = _attempt_gate(names)
     print(f"\npredicted, not measured: the least that {H100.name} could take at its stated {H100.bandwidth / 1e12:.2f} TB/s and"
           f" {H100.flops / 1e12:.0f} TFLOP/s (bf16)")  # fmt: skip
-    print(f"{'kernel':32} {'shape':24} {'dtype':5} {'direction':9} {'MB moved':>10} {'GFLOP':>9} {'FLOP/byte':>9} {'predicted us':>13}")
+    print(f"{'kernel':41} {'shape':25} {'dtype':5} {'direction':9} {'MB moved':>10} {'GFLOP':>9} {'FLOP/byte':>9} {'predicted us':>13}")
     points: dict[tuple[str, str], Point] = {}
     for case in cases:
         for shape in case.shapes:
@@ -475,7 +475,7 @@ def predict(names: Sequence[str], dtypes: Sequence[torch.dtype], svg: Path | Non
                     nbytes, flops = cost(shape, dtype)
                     seconds = H100.seconds(nbytes, flops)
                     points.setdefault((case.title, direction), Point(case.title, direction, nbytes, flops, seconds, measured=False))
-                    print(f"{case.title:32} {_times(shape):24} {_dtype(dtype):5} {direction:9} {nbytes / 1e6:10.2f} {flops / 1e9:9.3f}"
+                    print(f"{case.title:41} {_times(shape):25} {_dtype(dtype):5} {direction:9} {nbytes / 1e6:10.2f} {flops / 1e9:9.3f}"
                           f" {flops / nbytes:9.2f} {1e6 * seconds:13.2f}")  # fmt: skip
     if svg is not None:
         draw(svg, H100, list(points.values()), "predicted, not measured: where each kernel's bytes and FLOPs put it")
