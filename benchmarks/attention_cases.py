@@ -58,7 +58,8 @@ def _cost(shape, dtype, *, packed=False, bias=False, prefix=0, **options):
 
 def _backward_cost(shape, dtype, *, bias=False, **options):
     """FLOPs as everyone counts them, 2.5 times the forward's, for the 5 products of a backward that computes nothing twice: ours makes 7, which
-    is 3.5 times. Bytes: q, k, v, out and its gradient in, three gradients out, and the log-sum-exp; of the bias it and its gradient."""
+    is 3.5 times, or those 5 by atomics. Bytes: q, k, v, out and its gradient in, three gradients out, and the log-sum-exp; of the bias it and its
+    gradient."""
     B, T, S, H, K, D, W = (*shape, shape[5])[:7]
     elements = 2 * B * (T * H * (D + W) + S * K * (D + W)) + 2 * bias * H * T * S
     return elements * dtype.itemsize + 4 * B * H * T, 5 * _cost(shape, dtype, bias=bias, **options)[1] // 2
@@ -210,7 +211,7 @@ _STACK = {
 }
 
 
-def _case(variant, shapes, *, packed=False, bias=False, inputs=(), peers=None, dtypes=(torch.bfloat16,), always=1, stack=None, **options):
+def _case(variant, shapes, *, packed=False, bias=False, inputs=(), peers=None, dtypes=(torch.bfloat16,), always=1, **options):
     make = partial(_inputs, packed=packed, bias=bias, **dict.fromkeys(inputs, True))
     counted = dict(packed=packed, bias=bias, prefix=options.get("prefix_len", 0)) | {n: x for n, x in options.items() if n in ("causal", "window")}
     return Case(
@@ -221,14 +222,15 @@ def _case(variant, shapes, *, packed=False, bias=False, inputs=(), peers=None, d
 
 _BOTH = (torch.bfloat16, torch.float32)
 
-_FAST = dict(deterministic=False)
-
 _WIDTHS = ((8, 2048, 2048, 24, 24, 80), (4, 4096, 4096, 16, 16, 192, 128), (8, 2048, 2048, 16, 16, 96), (4, 4096, 4096, 16, 16, 192))
 
 _ATTENTION = (
     _case("", _shapes(2048, 512, 8192), dtypes=_BOTH),
     _case("long", _shapes(32768), always=0),
-    _case("atomics", _shapes(2048, widths=(128, 64)), dtypes=_BOTH, peers={"deterministic": eager(partial(_attend, impl="triton"))}, **_FAST),
+    _case(
+        "atomics", _shapes(2048, widths=(128, 64)), dtypes=_BOTH, peers={"deterministic": eager(partial(_attend, impl="triton"))},
+        deterministic=False,
+    ),
     _case("full", _shapes(2048, widths=(64, 128, 256)), causal=False, always=0),
     _case("window", _shapes(8192, 32768), window=1024),
     _case("packed", tuple((1, 16384, 16384, 2048 // D, 512 // D, D) for D in (128, 64, 256)), packed=True),

@@ -121,8 +121,6 @@ def _attention_keys_backward_kernel(
         key_head, document = unit % key_heads, unit // key_heads
     t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
     first = block * BLOCK_N
-    if f.cu_q is not None:
-        t = tl.where(first < s, t, 0)  # in a place that no block has there is nothing to do
     j = first + tl.arange(0, BLOCK_N)
     inside = j < s
     head_k = source(origin(k, k_strides, document, first_k, key_head, f), k_strides, s, 1, D, BLOCK_N, SPECIALIZED)
@@ -175,8 +173,6 @@ def _attention_queries_backward_kernel(
         head, document = unit % heads, unit // heads
     t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
     first = block * BLOCK_M
-    if f.cu_q is not None:
-        s = tl.where(first < t, s, 0)  # in a place that no block has there is nothing to do
     i = first + tl.arange(0, BLOCK_M)
     inside = i < t
     head_q = origin(q, q_strides, document, first_q, head, f)

@@ -56,8 +56,6 @@ def _attention_forward_kernel(
         head, document = unit % heads, unit // heads
     t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
     first = block * BLOCK_M
-    if f.cu_q is not None:
-        s = tl.where(first < t, s, 0)  # in a place that no block has there is nothing to do
     i = first + tl.arange(0, BLOCK_M)
     inside = i < t
     q = source(origin(q, q_strides, document, first_q, head, f), q_strides, t, 1, D, BLOCK_M, SPECIALIZED)

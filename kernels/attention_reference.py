@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from nanotrain.kernels.cpu import call
 from nanotrain.kernels.random import philox
-from nanotrain.kernels.runtime import choose, compute_dtype, pinned
+from nanotrain.kernels.runtime import choose, compute_dtype, sent
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -260,7 +260,7 @@ def _places(lengths, order, padded, device):
     source = starts[document] + inside.minimum(lengths[order][document] - 1)
     real = (inside < lengths[order][document]).nonzero()[:, 0]
     slot = torch.empty_like(real).index_copy_(0, source[real], real)
-    return tuple(pinned(places, device).to(device, non_blocking=True) for places in (source, slot))
+    return tuple(sent(places, device) for places in (source, slot))
 
 
 def _lengths(name, offsets, total, known=None):
@@ -325,7 +325,7 @@ def flash_attention_reference(
         def pick(value, documents, shared=0):  # the documents' own values, unless value has only dimensions that they share
             if not isinstance(value, torch.Tensor) or value.dim() <= shared:
                 return value
-            return value[pinned(torch.tensor(documents), value.device).to(value.device, non_blocking=True)]
+            return value[sent(torch.tensor(documents), value.device)]
 
         for (t, s), documents in groups.items():
             n = len(documents)

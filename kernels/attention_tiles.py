@@ -293,6 +293,8 @@ def keys_seen(first, last, s, shift, prefix, f, BLOCK: tl.constexpr):
     Keys low.. to high.. are seen by some of them, keys low_full.. to high_full.. by each; all but `high` are multiples of BLOCK. With a prefix
     and a window there are two reaches, both of which count as edge: from `gap_at` on, `gap` keys are to be stepped over. gap is 0 otherwise.
     """
+    if f.cu_q is not None:
+        s = tl.where(first <= last, s, 0)  # a place for a block that its document does not have
     low, low_full, high, high_full, gap_at, gap = 0, 0, s, s, s, 0
     if f.causal:
         high, high_full = last + shift + 1, first + shift + 1
@@ -313,6 +315,8 @@ def keys_seen(first, last, s, shift, prefix, f, BLOCK: tl.constexpr):
 @jit
 def queries_seen(first, last, t, shift, prefix, f, BLOCK: tl.constexpr):
     """(low, high): queries low.. to high.. see some of the keys first..last; low is a multiple of BLOCK."""
+    if f.cu_q is not None:
+        t = tl.where(first <= last, t, 0)  # a place for a block that its document does not have
     low, high = 0, t
     if f.causal:
         low = first - shift

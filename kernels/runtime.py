@@ -82,6 +82,11 @@ def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device, for which neither waits."""
+    return pinned(tensor, device).to(device, non_blocking=True)
+
+
 def has_kernel(*tensors: torch.Tensor) -> bool:
     """Whether Triton kernels serve the dtypes of these tensors: fp32, fp16 and bf16 (float64 is the references')."""
     return all(tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) for tensor in tensors)

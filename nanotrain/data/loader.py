@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nanotrain.data.shards import TokenShards
-from nanotrain.kernels.runtime import pinned
+from nanotrain.kernels.runtime import sent
 from nanotrain.losses import IGNORED
 
 
@@ -100,7 +100,7 @@ class Loader:
         on_host = self.device.type == "cpu"
 
         def tensor(array, dtype=torch.int64):
-            return pinned(torch.from_numpy(np.ascontiguousarray(array)).to(dtype), self.device).to(self.device, non_blocking=True)
+            return sent(torch.from_numpy(np.ascontiguousarray(array)).to(dtype), self.device)
 
         return Batch(
             tensor(tokens.reshape(1, -1)), tensor(labels), tensor(positions[None]), tensor(cu_seqlens, torch.int32),

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from nanotrain.kernels.attention import flash_attention
 from nanotrain.kernels.decode import decode_attention
-from nanotrain.kernels.runtime import on_gpu, pinned
+from nanotrain.kernels.runtime import on_gpu, sent
 
 PAGE = 64
 """Tokens of a page: a tile of the decode kernel. What a row leaves of its last page is lost."""
@@ -198,7 +198,7 @@ class _Pages:
     def table(self, device: torch.device) -> torch.Tensor:
         """(rows, most) int32; entries of pages that a row does not hold are of no meaning."""
         if self._sent is None:
-            self._sent = pinned(self._host, device).to(device, non_blocking=True)
+            self._sent = sent(self._host, device)
         return self._sent
 
 
@@ -211,8 +211,7 @@ class Prefill:
         ends = counts.cumsum(0)
         rows = torch.arange(len(lengths)).repeat_interleave(counts)
         positions = torch.arange(len(rows)) - (ends - counts)[rows]
-        self._send = lambda tensor: pinned(tensor, device).to(device, non_blocking=True)
-        self.cu_seqlens, self.ends, self.positions = map(self._send, (F.pad(ends, (1, 0)).int(), ends, positions[None]))
+        self.cu_seqlens, self.ends, self.positions = (sent(x, device) for x in (F.pad(ends, (1, 0)).int(), ends, positions[None]))
         self._rows, self._positions, self._left = first + rows, positions, counts[rows] - positions  # on the host
         self._cells: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -221,8 +220,8 @@ class Prefill:
         held = self.cache.layer(layer, k, v, window)
         if window not in self._cells:
             kept = (self._left <= self.cache.size(window)).nonzero()[:, 0]  # the last tokens of each prompt
-            sent, rows, positions = map(self._send, (kept, self._rows[kept], self._positions[kept]))
-            self._cells[window] = sent, self.cache.flat(window, rows, positions)
+            kept, rows, positions = (sent(x, q.device) for x in (kept, self._rows[kept], self._positions[kept]))
+            self._cells[window] = kept, self.cache.flat(window, rows, positions)
         kept, cells = self._cells[window]
         for cells_held, new in zip(held, (k, v), strict=True):
             cells_held.flatten(0, 1).index_copy_(0, cells, new[0, kept])
@@ -243,7 +242,7 @@ class Decode:
     @cached_property
     def lengths(self) -> torch.Tensor:
         """(B,) tokens of each row, the new ones included; made when first asked for, which a native step never does."""
-        return pinned(torch.tensor(self.starts) + self.count, self.device).to(self.device, non_blocking=True)
+        return sent(torch.tensor(self.starts) + self.count, self.device)
 
     @cached_property
     def positions(self) -> torch.Tensor:

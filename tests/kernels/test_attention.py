@@ -14,6 +14,7 @@ from nanotrain.kernels import attention_backward, attention_configs, attention_f
 from nanotrain.kernels.attention import EXAMPLES, attention_delta, flash_attention, flash_attention_backward
 from nanotrain.kernels.attention_tiles import document_of
 from nanotrain.kernels.runtime import jit, launches, tl
+from triton.runtime import interpreter
 
 from tests.kernels.kit import DEVICE, DTYPES, LAYOUTS, agree, check, drawn, dtypes, far, layouts, on_gpu, place, poisoned, repeatable, seeds
 
@@ -217,6 +218,26 @@ def test_blocks_of_thousands_of_documents():
     found = torch.empty(len(blocks), 2, dtype=torch.int32, device=DEVICE)
     _documents_kernel[(len(blocks),)](blocks.to(DEVICE), cu.int().to(DEVICE), 2500, found, 32)
     assert torch.equal(found.cpu(), torch.stack([document, blocks - (cu[document] // 32 + document)], 1).int())
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="gpu: only the interpreter counts products")
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_documents_make_no_more_products_than_each_alone(causal, monkeypatch):
+    """So that places for blocks that a document does not have do nothing."""
+    builder, products = interpreter.InterpreterBuilder, []
+    real = builder.create_dot
+    monkeypatch.setattr(builder, "create_dot", lambda *arguments: products.append(1) or real(*arguments))
+
+    def made(length, **options):
+        products.clear()
+        leaves = [normal((1, length, 2, 16), i).requires_grad_() for i in range(3)]
+        out = flash_attention(*leaves, causal=causal, impl="triton", **options)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+        return len(products)
+
+    lengths = torch.tensor([64, 40, 64, 1, 70])
+    packed = made(int(lengths.sum()), cu_seqlens=torch.tensor([0, *lengths.cumsum(0)], dtype=torch.int32))
+    assert packed == sum(map(made, lengths.tolist()))
 
 
 def test_a_query_that_sees_no_key_gives_zeros_and_zero_gradients():

@@ -27,7 +27,7 @@ KINDS = {name: OPTIONS[name] for name in ("plain", "gqa", "head_dim", "alibi", "
 def small_pages(monkeypatch):
     """Short rows, too, fill several; and what is sent to a device does not change there when it does on the host."""
     monkeypatch.setattr(caching, "PAGE", 16)
-    monkeypatch.setattr(caching, "pinned", lambda tensor, device: tensor.clone())
+    monkeypatch.setattr(caching, "sent", lambda tensor, device: tensor.clone())
 
 
 def tokens_of(row: int, start: int, count: int) -> torch.Tensor:

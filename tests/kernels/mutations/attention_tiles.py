@@ -9,6 +9,7 @@ _GROUPS = (
 TESTS = [
     f"{_FILE}::test_blocks_of_thousands_of_documents",
     f"{_FILE}::test_programs_take_turns",
+    f"{_FILE}::test_packed_documents_make_no_more_products_than_each_alone",
     *(f"{_FILE}::test_features_together[{group}]" for group in _GROUPS),
     f"{_FILE}::test_head_dims",
     f"{_FILE}::test_a_query_that_sees_no_key_gives_zeros_and_zero_gradients",
@@ -16,6 +17,8 @@ TESTS = [
 ]
 
 MUTATIONS = [
+    ("flash_attention", "        s = tl.where(first <= last, s, 0)", "        s = s"),
+    ("flash_attention", "        t = tl.where(first <= last, t, 0)", "        t = t"),
     ("flash_attention", "    members = tl.minimum(together, units - group * together)\n", "    members = together\n"),
     ("flash_attention", "        found += tl.sum(((begins <= block)", "        found = tl.sum(((begins <= block)"),
     ("flash_attention", "        values = tl.load(pointers, inside[:, None] & (columns < WIDTH)[None, :], 0.0)", "        values = tl.load(pointers, inside[:, None], 0.0)"),
