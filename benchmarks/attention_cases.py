@@ -191,7 +191,7 @@ def _peers(*, packed=False, **options):
 
 
 def _product(kernel, dtype, target):
-    if kernel == "_attention_delta_kernel":
+    if kernel in ("_attention_delta_kernel", "_attention_order_kernel"):
         return "-"
     if target == "gfx942":
         return "mfma"

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import torch
 from nanotrain.kernels.attention_configs import FUSED, config
+from nanotrain.kernels.attention_order import order_of, owned, together
 from nanotrain.kernels.attention_tiles import (
     COUNTS,
     LOG2E,
     Features,
     add_product,
     add_rows,
-    blocks_of,
-    document_of,
     extent,
     hidden,
     inner,
@@ -37,8 +36,6 @@ from nanotrain.kernels.attention_tiles import (
     source,
     split,
     store_rows,
-    together,
-    turn,
     zeros,
 )  # fmt: skip
 from nanotrain.kernels.runtime import jit, launch, tl, triton
@@ -106,19 +103,14 @@ def _sums(lse, delta, i, inside):
 
 @jit(do_not_specialize=COUNTS)
 def _attention_keys_backward_kernel(
-    q, k, v, grad, lse, delta, grad_k, grad_v, grad_q, f, T, S, heads, documents, q_strides, k_strides, v_strides, grad_strides, grad_k_strides,
+    q, k, v, grad, lse, delta, grad_k, grad_v, grad_q, order, f, T, S, heads, q_strides, k_strides, v_strides, grad_strides, grad_k_strides,
     grad_v_strides, grad_q_strides, units, blocks, together, GROUP: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N keys of a key head and the queries of its GROUP heads; scores lie transposed, (keys, queries). grad_q (fp32) may be None."""
-    unit, block = turn(tl.program_id(0), units, blocks, together)
     key_heads = heads // GROUP
-    if f.cu_q is not None:
-        key_head = unit
-        document, block = document_of(block, f.cu_k, documents, BLOCK_N)
-    else:
-        key_head, document = unit % key_heads, unit // key_heads
+    unit, key_head, document, block = owned(tl.program_id(0), order, f, key_heads, units, blocks, together, True)
     t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
     first = block * BLOCK_N
     j = first + tl.arange(0, BLOCK_N)
@@ -159,18 +151,12 @@ def _attention_keys_backward_kernel(
 
 @jit(do_not_specialize=COUNTS)
 def _attention_queries_backward_kernel(
-    q, k, v, grad, lse, delta, grad_q, f, T, S, heads, documents, q_strides, k_strides, v_strides, grad_strides, grad_q_strides, units, blocks,
-    together, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+    q, k, v, grad, lse, delta, grad_q, order, f, T, S, heads, q_strides, k_strides, v_strides, grad_strides, grad_q_strides, units, blocks, together,
+    GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of a head and the keys they see; blocks that see the most come first, of packed documents those of each."""
-    unit, order = turn(tl.program_id(0), units, blocks, together)
-    block = blocks - 1 - order
-    if f.cu_q is not None:
-        head = unit
-        document, block = document_of(block, f.cu_q, documents, BLOCK_M)
-    else:
-        head, document = unit % heads, unit // heads
+    """BLOCK_M queries of a head and the keys they see."""
+    unit, head, document, block = owned(tl.program_id(0), order, f, heads, units, blocks, together, False)
     t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
     first = block * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
@@ -287,7 +273,7 @@ def backward(
     """
     (B, T, H, D), (S, K, W) = q.shape, v.shape[1:]
     documents = B if f.cu_q is None else len(f.cu_q) - 1
-    counts, group = (T, S, H, documents), H // K
+    group = H // K
     inputs = (q, k, v, grad, lse, delta)
     strides = q.stride(), k.stride(), v.stride(), grad.stride()
     widths = split(D, W) | dict(GROUP=group, PRECISION="ieee")
@@ -301,10 +287,10 @@ def backward(
         grad_k, grad_v = (torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device) for x in (k, v))
         if S:
             c = config("fused" if fused else "keys", (q, k, v, grad), f, longest[1])
-            blocks = blocks_of(S, c.block_n, documents, f)
+            blocks, order = order_of((T, S), c.block_n, c.block_m, f, keys=True)
             to = grad_k, grad_v, grad_q
             launch(
-                _attention_keys_backward_kernel, (B * K * blocks,), *inputs, *to, f, *counts, *strides,
+                _attention_keys_backward_kernel, (B * K * blocks,), *inputs, *to, order, f, T, S, H, *strides,
                 *(None if x is None else x.stride() for x in to), B * K, blocks, together(B * K, 1, group * T * bytes_each), **widths,
                 SPECIALIZED=c.specialized, **c.options(),
             )  # fmt: skip
@@ -314,9 +300,9 @@ def backward(
         grad_q = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
         if T:
             c = config("queries", (q, k, v, grad), f, longest[0])
-            blocks = blocks_of(T, c.block_m, documents, f)
+            blocks, order = order_of((T, S), c.block_m, c.block_n, f)
             launch(
-                _attention_queries_backward_kernel, (B * H * blocks,), *inputs, grad_q, f, *counts, *strides, grad_q.stride(), B * H, blocks,
+                _attention_queries_backward_kernel, (B * H * blocks,), *inputs, grad_q, order, f, T, S, H, *strides, grad_q.stride(), B * H, blocks,
                 together(B * H, group, S * bytes_each), **widths, **c.options(),
             )  # fmt: skip
     if bias_shape is not None:
@@ -325,8 +311,8 @@ def backward(
             c = config("bias", (q, k, v, grad), f, longest[0])
             row_blocks, column_blocks = triton.cdiv(bias_shape[2], c.block_m), triton.cdiv(bias_shape[3], c.block_n)
             launch(
-                _attention_bias_backward_kernel, (bias_shape[0] * bias_shape[1] * row_blocks * column_blocks,), *inputs, grad_bias, f, *counts,
-                *strides, tuple(bias_shape), row_blocks, column_blocks, **widths, ONE_ROW=bias_shape[2] == 1, ONE_COLUMN=bias_shape[3] == 1,
-                **c.options(),
+                _attention_bias_backward_kernel, (bias_shape[0] * bias_shape[1] * row_blocks * column_blocks,), *inputs, grad_bias, f, T, S, H,
+                documents, *strides, tuple(bias_shape), row_blocks, column_blocks, **widths, ONE_ROW=bias_shape[2] == 1,
+                ONE_COLUMN=bias_shape[3] == 1, **c.options(),
             )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_bias

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import torch
 from nanotrain.kernels.attention_configs import config
+from nanotrain.kernels.attention_order import order_of, owned, together
 from nanotrain.kernels.attention_tiles import (
     COUNTS,
     LOG2E,
     Features,
     add_product,
-    blocks_of,
-    document_of,
     extent,
     hidden,
     inner,
@@ -30,8 +29,6 @@ from nanotrain.kernels.attention_tiles import (
     source,
     split,
     store_rows,
-    together,
-    turn,
     zeros,
 )  # fmt: skip
 from nanotrain.kernels.runtime import jit, launch, tl
@@ -39,21 +36,12 @@ from nanotrain.kernels.runtime import jit, launch, tl
 
 @jit(do_not_specialize=COUNTS)
 def _attention_forward_kernel(
-    q, k, v, out, lse, f, T, S, heads, documents, q_strides, k_strides, v_strides, out_strides, units, blocks, together,
+    q, k, v, out, lse, order, f, T, S, heads, q_strides, k_strides, v_strides, out_strides, units, blocks, together,
     GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, W: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """GROUP query heads share a key head; D and W are the widths of q and k, and of v.
-
-    Blocks that see the most keys come first, of packed documents those of each.
-    """
-    unit, order = turn(tl.program_id(0), units, blocks, together)
-    block = blocks - 1 - order
-    if f.cu_q is not None:
-        head = unit
-        document, block = document_of(block, f.cu_q, documents, BLOCK_M)
-    else:
-        head, document = unit % heads, unit // heads
+    """GROUP query heads share a key head; D and W are the widths of q and k, and of v."""
+    unit, head, document, block = owned(tl.program_id(0), order, f, heads, units, blocks, together, False)
     t, s, first_q, first_k, shift, prefix, start = extent(document, T, S, f)
     first = block * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
@@ -121,11 +109,10 @@ def forward(q, k, v, f: Features, longest: tuple[int, int]) -> tuple[torch.Tenso
     out, lse = q.new_empty(B, T, H, W), torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     if not lse.numel():
         return out, lse
-    documents = B if f.cu_q is None else len(f.cu_q) - 1
     c = config("forward", (q, k, v), f, longest[0])
-    blocks = blocks_of(T, c.block_m, documents, f)
+    blocks, order = order_of((T, S), c.block_m, c.block_n, f)
     launch(
-        _attention_forward_kernel, (B * H * blocks,), q, k, v, out, lse, f, T, S, H, documents, q.stride(), k.stride(), v.stride(),
+        _attention_forward_kernel, (B * H * blocks,), q, k, v, out, lse, order, f, T, S, H, q.stride(), k.stride(), v.stride(),
         out.stride(), B * H, blocks, together(B * H, H // K, S * (D + W) * q.element_size()), **split(D, W), GROUP=H // K, PRECISION="ieee",
         SPECIALIZED=c.specialized, **c.options(),
     )  # fmt: skip

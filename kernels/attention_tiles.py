@@ -1,4 +1,4 @@
-"""What the attention kernels share: which rows a program owns, tiles of q, k and v, scores, and who sees whom.
+"""What the attention kernels share: tiles of q, k and v, scores, and who sees whom.
 
 Inside a kernel, query i and key j are counted from the start of their document or batch entry; `shift` turns one into the other's count:
 query i stands where key i + shift stands.
@@ -16,9 +16,6 @@ from nanotrain.kernels.runtime import jit, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634) if tl is not None else 1.4426950408889634
 """Turns an exponential into exp2, which is what the hardware has."""
-
-_TOGETHER = 32 << 20
-"""Bytes of keys and values that programs running at one time should share: they stay in an H100's L2 cache, which has 50 MB."""
 
 
 class Features(NamedTuple):
@@ -73,41 +70,6 @@ def split(D: int, W: int) -> dict[str, int]:
     """Constants of the kernels: the widths of q and k, and of v, with their parts."""
     (D0, D1), (W0, W1) = parts(D), parts(W)
     return dict(D=D, D0=D0, D1=D1, W=W, W0=W0, W1=W1)
-
-
-def blocks_of(rows: int, block: int, documents: int, f: Features) -> int:
-    """Blocks of rows of a batch entry, or places for those of packed documents (see `document_of`)."""
-    return triton.cdiv(rows, block) if f.cu_q is None else rows // block + documents
-
-
-def together(units: int, group: int, bytes_each: int) -> int:
-    """How many of the units, each with so many bytes of keys and values for a group of heads, take turns so that the L2 cache serves them."""
-    groups = max(1, _TOGETHER // max(1, bytes_each))
-    return min(units, groups * group)
-
-
-@jit
-def turn(program, units, blocks, together):
-    """(unit, place in its order) of a program: `together` units take turns, so that what they read in common is read from the cache."""
-    group = program // (together * blocks)
-    inside = program % (together * blocks)
-    members = tl.minimum(together, units - group * together)
-    return group * together + inside % members, inside // members
-
-
-@jit
-def document_of(block, cu, documents, BLOCK: tl.constexpr):
-    """(document, block inside of it) where blocks of documents follow each other: that of document d begin at cu[d] // BLOCK + d.
-
-    So each has room for its own, though some for one more than it has, and no sum over documents is needed.
-    """
-    found = 0
-    for first in range(0, documents, 1024):
-        d = first + tl.arange(0, 1024)
-        begins = tl.load(cu + d, d < documents, 0).to(tl.int32) // BLOCK + d
-        found += tl.sum(((begins <= block) & (d < documents)).to(tl.int32), 0)
-    document = found - 1
-    return document, block - (tl.load(cu + document).to(tl.int32) // BLOCK + document)
 
 
 @jit
@@ -262,7 +224,7 @@ def kept(rows, first_column, head, seed, f, COLUMNS: tl.constexpr):
 
 @jit
 def extent(document, T, S, f):
-    """(queries t, keys s, row of the first query, row of the first key, shift, prefix, global position of query 0) of a document."""
+    """(queries t, keys s, row of the first query, row of the first key, shift, prefix, global position of query 0) of a document, or of many."""
     if f.cu_q is not None:
         first_q, first_k = tl.load(f.cu_q + document).to(tl.int64), tl.load(f.cu_k + document).to(tl.int64)
         t = (tl.load(f.cu_q + document + 1) - first_q).to(tl.int32)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nanotrain.kernels import attention_backward, attention_configs, attention_forward, attention_tiles
-from nanotrain.kernels.attention import EXAMPLES, attention_delta, flash_attention, flash_attention_backward
-from nanotrain.kernels.attention_tiles import document_of
-from nanotrain.kernels.runtime import jit, launches, tl
+from nanotrain.kernels import attention_backward, attention_configs, attention_forward, attention_order
+from nanotrain.kernels.attention import EXAMPLES, _features, attention_delta, flash_attention, flash_attention_backward
+from nanotrain.kernels.attention_order import order_of
+from nanotrain.kernels.runtime import launches
 from triton.runtime import interpreter
 
 from tests.kernels.kit import DEVICE, DTYPES, LAYOUTS, agree, check, drawn, dtypes, far, layouts, on_gpu, place, poisoned, repeatable, seeds
@@ -77,6 +77,8 @@ def run(shape, dtype, layout="contiguous", *, sinks=False, bias=None, draw=0, si
         kernels = kernels | {"_attention_bias_backward_kernel": 1}
     elif not options.get("deterministic", True) and not options.get("dropout_p"):
         kernels = {name: times for name, times in kernels.items() if name != "_attention_queries_backward_kernel"}
+    if "cu_seqlens" in options:  # blocks of documents are put in order for each kernel that owns rows of them
+        kernels = kernels | {"_attention_order_kernel": len(kernels.keys() - {"_attention_delta_kernel", "_attention_bias_backward_kernel"})}
     placed = {name: place(t, layout if t.dim() > 1 else "contiguous") for name, t in tensors.items()}
     plain = {name: value for name, value in options.items() if name != "deterministic"}
     check(attend("triton", **options), attend("reference", **plain), placed, kernels, layout=layout, usual=partial(usual, options=plain))
@@ -198,46 +200,114 @@ def test_biases_of_one_row(bias):
 
 def test_programs_take_turns(monkeypatch):
     """Keys and values of two heads of three may be in the cache at one time, then those of the last."""
-    monkeypatch.setattr(attention_tiles, "_TOGETHER", 2 * 4 * 40 * LONG * (16 + 16))
+    monkeypatch.setattr(attention_order, "_TOGETHER", 2 * 4 * 40 * LONG * (16 + 16))
     run((1, 40 * LONG, 40 * LONG, 3, 3, 16, 16), torch.float32)
 
 
-@jit
-def _documents_kernel(blocks, cu, documents, found, BLOCK: tl.constexpr):
-    program = tl.program_id(0)
-    document, block = document_of(tl.load(blocks + program), cu, documents, BLOCK)
-    tl.store(found + 2 * program, document)
-    tl.store(found + 2 * program + 1, block)
+def _reads(seen, block, other):
+    """How many columns each block of rows reads, of a document's (rows, columns): those of tiles that any row sees, up to the last seen."""
+    read = []
+    for rows in seen.split(block) if len(seen) else ():
+        columns = rows.any(0)
+        last = int(columns.nonzero().max()) + 1 if columns.any() else 0
+        read.append(sum(len(tile) for tile in columns[:last].split(other) if tile.any()))
+    return read
 
 
-def test_blocks_of_thousands_of_documents():
-    lengths = torch.randint(100, (2500,), generator=torch.Generator().manual_seed(0))
-    cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    blocks = torch.arange(0, int(cu[-1]) // 32 + 2500, 131, dtype=torch.int32)
-    document = torch.searchsorted(cu[:-1] // 32 + torch.arange(2500), blocks, right=True) - 1
-    found = torch.empty(len(blocks), 2, dtype=torch.int32, device=DEVICE)
-    _documents_kernel[(len(blocks),)](blocks.to(DEVICE), cu.int().to(DEVICE), 2500, found, 32)
-    assert torch.equal(found.cpu(), torch.stack([document, blocks - (cu[document] // 32 + document)], 1).int())
+@pytest.mark.parametrize("keys", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(causal=False), dict(window=9), dict(prefix_len=7), dict(window=6, prefix_len=9), dict(apart=True), dict(apart=True, q_start=0)],
+    ids=str,
+)
+def test_blocks_that_read_the_most_come_first(options, keys):
+    """Of all documents, some of no token; where cut apart, they have more keys than queries."""
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randint(30, (40,), generator=generator)
+    t = t // 8 * 8 if "q_start" in options else t  # the last keys are seen by no query, nor by the tile of one that is
+    s = torch.randint(60, (40,), generator=generator) if options.get("apart") else t
+    options = {name: value for name, value in options.items() if name != "apart"}
+    cut = [torch.cat([n.new_zeros(1), n.cumsum(0)]).int().to(DEVICE) for n in (t, s)]
+    q, k = (torch.empty(1, int(n.sum()), 1, 16, device=DEVICE) for n in (t, s))
+    block, other = (4, 8) if keys else (8, 4)
+    blocks, order = order_of((q.shape[1], k.shape[1]), block, other, _features(q, k, cu_seqlens=cut[0], cu_seqlens_k=cut[1], **options), keys=keys)
+    reads = {}
+    for document, (rows, columns) in enumerate(zip(t.tolist(), s.tolist(), strict=True)):
+        i, j = torch.arange(rows)[:, None] + options.get("q_start", columns - rows), torch.arange(columns)
+        seen = j <= i + (0 if options.get("causal", True) else 1000)
+        if "window" in options:
+            seen &= j > i - options["window"]
+        seen |= j < options.get("prefix_len", 0)
+        reads |= {(document, at): n for at, n in enumerate(_reads(seen.T if keys else seen, block, other))}
+    found = [tuple(pair) for pair in order.tolist()]
+    assert len(found) == len(set(found)) == blocks and reads.keys() <= set(found)
+    assert [reads.get(pair, 0) for pair in found] == sorted((reads.get(pair, 0) for pair in found), reverse=True)
+
+
+def test_the_order_of_hundreds_of_documents():
+    """More blocks than are compared at a time."""
+    lengths = torch.arange(300) % 13
+    cut = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int().to(DEVICE)
+    q = torch.empty(1, int(lengths.sum()), 1, 16, device=DEVICE)
+    _blocks, order = order_of((q.shape[1],) * 2, 8, 8, _features(q, q, cu_seqlens=cut))
+    pairs = [(d, b) for d, n in enumerate(lengths.tolist()) for b in range(-(-n // 8))]
+    pairs.sort(key=lambda pair: -min(8 * pair[1] + 8, int(lengths[pair[0]])))  # stable
+    assert [tuple(pair) for pair in order[: len(pairs)].tolist()] == pairs
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Counts, by the program that makes them, in whatever the interpreter runs."""
+    found = Counter()
+    real = interpreter.InterpreterBuilder.create_dot
+
+    def counted(builder, *arguments):
+        found[builder.grid_idx[0]] += 1
+        return real(builder, *arguments)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", counted)
+    return found
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="gpu: only the interpreter counts products")
 @pytest.mark.parametrize("causal", [True, False])
-def test_packed_documents_make_no_more_products_than_each_alone(causal, monkeypatch):
+def test_packed_documents_make_no_more_products_than_each_alone(causal, products):
     """So that places for blocks that a document does not have do nothing."""
-    builder, products = interpreter.InterpreterBuilder, []
-    real = builder.create_dot
-    monkeypatch.setattr(builder, "create_dot", lambda *arguments: products.append(1) or real(*arguments))
 
     def made(length, **options):
         products.clear()
         leaves = [normal((1, length, 2, 16), i).requires_grad_() for i in range(3)]
         out = flash_attention(*leaves, causal=causal, impl="triton", **options)
         torch.autograd.grad(out, leaves, torch.ones_like(out))
-        return len(products)
+        return products.total()
 
     lengths = torch.tensor([64, 40, 64, 1, 70])
     packed = made(int(lengths.sum()), cu_seqlens=torch.tensor([0, *lengths.cumsum(0)], dtype=torch.int32))
     assert packed == sum(map(made, lengths.tolist()))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="gpu: only the interpreter counts products")
+@pytest.mark.parametrize("lengths", [None, [30, 0, 90, 1, 29]], ids=["batch", "documents"])
+def test_programs_that_make_the_most_products_come_first(lengths, products):
+    """In the forward, and in each kernel of the backward."""
+    cut = {} if lengths is None else {"cu_seqlens": torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)}
+    q, k, v = (normal((1 if cut else 2, 150, 2, 16), i) for i in range(3))
+
+    def made():
+        counts = [products[program] for program in range(max(products) + 1)]
+        products.clear()
+        return counts
+
+    flash_attention(q, k, v, impl="triton", **cut)
+    found = [made()]
+    for wanted in (q, k):
+        wanted.requires_grad_()
+        out = flash_attention(q, k, v, impl="triton", **cut)
+        products.clear()
+        torch.autograd.grad(out, wanted, torch.ones_like(out))
+        wanted.requires_grad_(False)
+        found.append(made())
+    assert all(counts == sorted(counts, reverse=True) and counts[0] > counts[-1] > 0 for counts in found)
 
 
 def test_a_query_that_sees_no_key_gives_zeros_and_zero_gradients():

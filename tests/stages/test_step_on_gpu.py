@@ -24,8 +24,8 @@ from nanotrain.optim import OptimConfig, Optimizer
 from nanotrain.stages.pretrain import step
 
 KERNELS = (
-    "attention_forward", "attention_backward", "norm", "rotary", "gated", "dropout", "lookup", "optimizers", "multi_tensor", "adafactor",
-    "orthogonal",
+    "attention_order", "attention_forward", "attention_backward", "norm", "rotary", "gated", "dropout", "lookup", "optimizers", "multi_tensor",
+    "adafactor", "orthogonal",
 )  # fmt: skip
 
 
@@ -88,6 +88,7 @@ GPT2 = replace(LLAMA, kv_heads=2, norm="layer", bias=True, positions="learned", 
 
 ATTENTION = {f"_attention_{part}_kernel": 2 for part in ("forward", "delta", "keys_backward", "queries_backward")}
 LAYERS = ATTENTION | {
+    "_attention_order_kernel": 2 * 3,
     "_norm_forward_kernel": 5, "_norm_backward_kernel": 5, "_rope_kernel": 4, "_gated_forward_kernel": 2, "_gated_backward_kernel": 2,
 }  # fmt: skip
 ALWAYS = {"_embedding_backward_kernel": 1, "_square_sum_kernel": 1, "_norm_kernel": 1}

@@ -8,6 +8,7 @@ _GROUPS = (
     "bias of rows-prefix-atomics",
 )  # fmt: skip
 TESTS = [
+    f"{_FILE}::test_programs_that_make_the_most_products_come_first",
     f"{_FILE}::test_keys_beyond_the_last_add_nothing_to_gradients_by_atomics",
     f"{_FILE}::test_a_query_that_sees_no_key_gives_zeros_and_zero_gradients",
     *(f"{_FILE}::test_features_together[{group}]" for group in _GROUPS),
@@ -25,7 +26,7 @@ MUTATIONS = [
     ("flash_attention", "return met, ds * slope, ds", "return met, ds, ds"),
     ("flash_attention", "tl.where(empty, float(\"inf\"), sums)", "sums"),
     ("flash_attention", "tl.where(empty, 0.0, deltas)", "deltas"),
-    ("flash_attention", "document_of(block, f.cu_k, documents, BLOCK_N)", "document_of(block, f.cu_q, documents, BLOCK_N)"),
+    ("flash_attention", "c.block_n, c.block_m, f, keys=True)", "c.block_n, c.block_m, f)"),
     ("flash_attention", "first_head, tl.int64) * T + first_q\n", "first_head, tl.int64) * T + first_k\n"),
     ("flash_attention", "row + tl.cast(member, tl.int64) * T", "row"),
     ("flash_attention", "            first_head + member, document,", "            first_head, document,"),

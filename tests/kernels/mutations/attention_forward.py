@@ -6,6 +6,7 @@ _GROUPS = (
     "bias of rows-dropout-documents",
 )  # fmt: skip
 TESTS = [
+    f"{_FILE}::test_programs_that_make_the_most_products_come_first",
     f"{_FILE}::test_a_bias_may_hide_keys",
     f"{_FILE}::test_a_query_that_sees_no_key_gives_zeros_and_zero_gradients",
     *(f"{_FILE}::test_features_together[{group}]" for group in _GROUPS),
@@ -14,7 +15,8 @@ TESTS = [
 MUTATIONS = [
     ("flash_attention", "above if phase == 1 and f.bias is None else", "above if phase == 1 else"),
     ("flash_attention", "                p = tl.exp2((y - base[:, None]) * LOG2E)", "                p = tl.exp2(y * LOG2E - (base * LOG2E)[:, None])"),
-    ("flash_attention", "document_of(block, f.cu_q,", "document_of(block, f.cu_k,"),
+    ("flash_attention", "order_of((T, S), c.block_m, c.block_n, f)", "order_of((S, T), c.block_m, c.block_n, f)"),
+    ("flash_attention", "heads, units, blocks, together, False)", "heads, units, blocks, together, True)"),
     ("flash_attention", "origin(k, k_strides, document, first_k, head // GROUP, f)", "origin(k, k_strides, document, first_k, head % GROUP, f)"),
     ("flash_attention", "    lse += unit.to(tl.int64) * T + first_q\n", "    lse += unit.to(tl.int64) * T\n"),
     ("flash_attention", "tl.load(f.seeds + document * f.seeds_stride)", "tl.load(f.seeds)"),
