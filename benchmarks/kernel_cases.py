@@ -11,7 +11,7 @@ from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
-from nanotrain.kernels import adafactor, dropout, gated, lookup, norm, optimizers, orthogonal, rotary
+from nanotrain.kernels import adafactor, dropout, gated, lookup, norm, optimizers, orthogonal, rotary, token_loss
 
 from benchmarks import attention_cases
 from benchmarks.cases import Case, eager, formula, normal
@@ -479,7 +479,137 @@ _ORTHOGONAL = (
 )  # fmt: skip
 
 
-CASES: tuple[Case, ...] = (*_NORMS, *_ROTARY, *_GATED, *_DROPOUT, *_EMBEDDING, *_OPTIMIZERS, *_ORTHOGONAL, *attention_cases.CASES)
+# The head: (N, V) logits, or (N, C, V) of Qwen3 8B and of GPT-2, whose vocabulary is no multiple of anything. Every 16th token is ignored.
+
+_LOGITS_SHAPES = ((4096, 151936), (8192, 32768), (8192, 50257))
+_HEAD_SHAPES = ((8192, 4096, 151936), (16384, 768, 50257))
+_LIKELY = 64
+
+
+def _labels(rows, vocabulary, device):
+    labels = torch.randint(0, vocabulary, (rows,), device=device)
+    labels[::16] = -100
+    return labels
+
+
+def _logits(shape, dtype, device):
+    return {"logits": normal(*shape, dtype=dtype, device=device, grad=True), "labels": _labels(*shape, device)}
+
+
+def _head_inputs(shape, dtype, device, *, weighted=False, likely=False):
+    rows, width, vocabulary = shape
+    make = partial(normal, dtype=dtype, device=device)
+    inputs = {"hidden": make(rows, width).requires_grad_(), "weight": make(vocabulary, width).mul_(width**-0.5).requires_grad_()}
+    if likely:
+        return inputs | {"tokens": torch.randint(0, vocabulary, (rows, _LIKELY), device=device)}
+    inputs["labels"] = _labels(rows, vocabulary, device)
+    # A tensor of one number, which a case's float64 copy of the inputs makes wide.
+    return inputs | ({"token_weight": torch.full((rows,), 1 / (rows - -(-rows // 16)), device=device)} if weighted else {})
+
+
+def _logits_cost(shape, dtype, *, passes, flops):
+    return passes * shape[0] * shape[1] * dtype.itemsize, flops * shape[0] * shape[1]
+
+
+def _head_cost(shape, dtype, *, products, passes):
+    """`products` of all of hidden, weight and logits; hidden and the weight, and their gradients, `passes` times."""
+    rows, width, vocabulary = shape
+    return passes * (rows + vocabulary) * width * dtype.itemsize, products * 2 * rows * width * vocabulary
+
+
+def _linear_cross_entropy(inputs, impl):
+    i = inputs
+    return token_loss.linear_cross_entropy(i["hidden"], i["weight"], i["labels"], token_weight_N=i.get("token_weight"), impl=impl)[0]
+
+
+def _torch_linear_cross_entropy(i):
+    loss = F.cross_entropy((i["hidden"] @ i["weight"].T).float(), i["labels"], reduction="none")
+    return (loss * i["token_weight"]).sum() if "token_weight" in i else loss
+
+
+def _torch_chunks():
+    """torch's own that chunks, since 2.13; of a mean alone."""
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy as theirs
+
+    return lambda i: theirs(i["hidden"], i["weight"], i["labels"], options=LinearCrossEntropyOptions())
+
+
+def _liger_cross_entropy():
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return lambda i: liger_cross_entropy(i["logits"], i["labels"], reduction="none")
+
+
+def _liger_linear_cross_entropy(reduction):
+    def load():
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as theirs
+
+        return lambda i: theirs(i["hidden"], i["weight"], i["labels"], reduction=reduction)
+
+    return load
+
+
+class _Products(torch.autograd.Function):
+    """The products alone of a head that holds its logits, and nothing between them: what no head can be faster than."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, early):
+        z = hidden @ weight.T
+        ctx.early = early
+        ctx.save_for_backward(*((z @ weight, z.T @ hidden) if early else (hidden, weight, z)))
+        return hidden.new_zeros((), dtype=torch.float32) if early else hidden.new_zeros(len(hidden), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.early:
+            return *ctx.saved_tensors, None
+        hidden, weight, z = ctx.saved_tensors
+        z = hidden @ weight.T
+        return z @ weight, z.T @ hidden, None
+
+
+def _products(*, early):
+    return lambda: lambda i: _Products.apply(i["hidden"], i["weight"], early)
+
+
+def _token_logprobs(inputs, impl):
+    return token_loss.token_logprobs(inputs["hidden"], inputs["weight"], inputs["tokens"], impl=impl)
+
+
+_BOTH = (torch.bfloat16, torch.float32)
+
+_HEAD = (
+    Case(
+        "cross_entropy", "token_loss", _LOGITS_SHAPES, _logits, lambda i, impl: token_loss.cross_entropy(i["logits"], i["labels"], impl=impl),
+        partial(_logits_cost, passes=1, flops=5), partial(_logits_cost, passes=2, flops=4),
+        peers=formula(lambda i: F.cross_entropy(i["logits"].float(), i["labels"], reduction="none")),
+    ),
+    Case(
+        "cross_entropy", "token_loss", _LOGITS_SHAPES, _logits,
+        lambda i, impl: token_loss.cross_entropy(i["logits"], i["labels"], inplace=impl == "triton", impl=impl),
+        partial(_logits_cost, passes=1, flops=5), partial(_logits_cost, passes=2, flops=4), "in place", peers={"liger": _liger_cross_entropy},
+    ),
+    Case(
+        "linear_cross_entropy", "token_loss", _HEAD_SHAPES, _head_inputs, _linear_cross_entropy, partial(_head_cost, products=1, passes=1),
+        partial(_head_cost, products=3, passes=2), dtypes=_BOTH, unlike=("products",),
+        peers=formula(_torch_linear_cross_entropy) | {"liger": _liger_linear_cross_entropy("none"), "products": _products(early=False)},
+    ),
+    Case(
+        "linear_cross_entropy", "token_loss", _HEAD_SHAPES, partial(_head_inputs, weighted=True), _linear_cross_entropy,
+        partial(_head_cost, products=3, passes=2), partial(_head_cost, products=0, passes=2), "mean", dtypes=_BOTH, unlike=("products",),
+        peers=formula(_torch_linear_cross_entropy)
+        | {"torch.chunks": _torch_chunks, "liger": _liger_linear_cross_entropy("mean"), "products": _products(early=True)},
+    ),
+    Case(
+        "token_logprobs", "token_loss", ((4096, 2048, 151936),), partial(_head_inputs, likely=True), _token_logprobs,
+        partial(_head_cost, products=1, passes=1), partial(_head_cost, products=3, passes=2), dtypes=_BOTH,
+        peers=formula(lambda i: torch.log_softmax((i["hidden"] @ i["weight"].T).float(), 1).gather(1, i["tokens"])),
+    ),
+)  # fmt: skip
+
+
+CASES: tuple[Case, ...] = (*_NORMS, *_ROTARY, *_GATED, *_DROPOUT, *_EMBEDDING, *_HEAD, *_OPTIMIZERS, *_ORTHOGONAL, *attention_cases.CASES)
 
 
 def select(names: Sequence[str] = ()) -> list[Case]:

@@ -71,8 +71,11 @@ def plan(
     count, wide = sum(p.numel() for p in optimizer.params.values()), optimizer.wide.itemsize
     gradients = count * (dtype.itemsize + (wide if accumulate > 1 else 0))
     native = has_native(dtype, device)
-    logits = max(token_loss._chunk_logits(device), 16 * c.vocab_size) * (dtype.itemsize if native and not c.logit_softcap else 3 * wide)
-    head = logits + c.vocab_size * c.width * wide
+    impl = "triton" if on_gpu(device) and triton is not None else "native" if native and not c.logit_softcap else "reference"
+    chunk = token_loss._chunk_rows(c.vocab_size, c.width, dtype, device, impl) * c.vocab_size * dtype.itemsize
+    # References hold three tensors of as many elements; of the weight's gradient there are the sum and, where it is wider, one chunk's part.
+    head = chunk * (3 * wide // dtype.itemsize if impl == "reference" else 1)
+    head += c.vocab_size * c.width * (wide + (dtype.itemsize if dtype.itemsize < wide else 0))
     activations = activation_bytes(c, dtype=dtype, length=length, rows=rows)
     gate = 3 * dtype.itemsize if native and c.activation != "gelu" else (6 if dtype.itemsize < wide else 3) * wide
     feed_forward = gate * rows * length * c.ffn_width

@@ -25,7 +25,7 @@ from nanotrain.stages.pretrain import step
 
 KERNELS = (
     "attention_order", "attention_forward", "attention_backward", "norm", "rotary", "gated", "dropout", "lookup", "optimizers", "multi_tensor",
-    "adafactor", "orthogonal",
+    "adafactor", "orthogonal", "token_loss",
 )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ LAYERS = ATTENTION | {
     "_attention_order_kernel": 2 * 3,
     "_norm_forward_kernel": 5, "_norm_backward_kernel": 5, "_rope_kernel": 4, "_gated_forward_kernel": 2, "_gated_backward_kernel": 2,
 }  # fmt: skip
-ALWAYS = {"_embedding_backward_kernel": 1, "_square_sum_kernel": 1, "_norm_kernel": 1}
+ALWAYS = {"_embedding_backward_kernel": 1, "_token_sums_kernel": 1, "_token_gradient_kernel": 1, "_square_sum_kernel": 1, "_norm_kernel": 1}
 ADAFACTOR = ("_adafactor_sums_kernel", "_adafactor_moments_kernel", "_adafactor_norms_kernel", "_adafactor_apply_kernel")
 # Newton-Schulz makes two symmetric products in each of five steps, for the four shapes of LLAMA's matrices.
 OPTIMIZERS = {
