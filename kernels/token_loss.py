@@ -333,11 +333,11 @@ def _chunks(hidden: torch.Tensor, weight: torch.Tensor, o: _Options) -> Iterator
 def _chunk_rows(V: int, C: int, dtype: torch.dtype, device: torch.device, impl: str) -> int:
     """Most rows of a chunk, 16 at the least.
 
-    On a CPU as many as there are channels, where that is more than stays near the processor: to multiply them takes longer than to add to the
-    sum of the weight's gradient, and their logits take no more memory than that.
+    On a CPU half as many as there are channels, where that is more than stays near the processor: to multiply them takes longer than to add to
+    the sum of the weight's gradient, and their logits take half the memory of that sum.
     """
     if device.type == "cpu":
-        return max(16, _CHUNK // V, C)
+        return max(16, _CHUNK // V, C // 2)
     # References hold a few tensors of as many elements, in fp32 at least.
     return max(16, _GPU_CHUNK // (8 if impl != "triton" else 1) // (V * dtype.itemsize))
 

@@ -36,7 +36,7 @@ def draw(N, C, V, dtype=torch.float64, ignored=(1,), seed=0):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(token_loss, "_CHUNK", 1)  # chunks of 16 rows, or of as many as there are channels
+    monkeypatch.setattr(token_loss, "_CHUNK", 1)  # chunks of 16 rows
 
 
 options = dict(
