@@ -426,16 +426,18 @@ class _Weighted(torch.autograd.Function):
             if needs:
                 torch.mm(gradient, weight, out=grad_hidden[part])
                 grad_weight.add(gradient, hidden[part])
-        ctx.made = (o.reduce(grad_hidden, "sum") if o.reduce else grad_hidden, grad_weight.sum) if needs else None
+        if needs:
+            ctx.save_for_backward(o.reduce(grad_hidden, "sum") if o.reduce else grad_hidden)
+        ctx.grad_weight = grad_weight.sum if needs else None
         ctx.mark_non_differentiable(logprob, *([entropy] if o.entropy else []))
         return total, logprob, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total, *_):
-        if ctx.made is None:
+        if ctx.grad_weight is None:
             raise RuntimeError("linear_cross_entropy: a second backward with token_weight_N, whose gradients were made once, in the forward")
-        (grad_hidden, grad_weight), ctx.made = ctx.made, None
+        (grad_hidden,), grad_weight, ctx.grad_weight = ctx.saved_tensors, ctx.grad_weight, None
         if ctx.dtype == grad_weight.dtype:
             return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None
         grad_hidden = (grad_hidden.to(grad_total.dtype) * grad_total).to(ctx.dtype)

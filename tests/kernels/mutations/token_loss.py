@@ -39,7 +39,7 @@ MUTATIONS = [
     (_HEAD, "        share = (sums[0] - most).exp()\n", "        share = torch.ones_like(most)\n"),
     (_HEAD, "        a = a + (2.0 * o.z_loss) * grad_loss * lse\n", "        a = a + o.z_loss * grad_loss * lse\n"),
     (_HEAD, "    b = b if grad_logprob is None else b + grad_logprob\n", "    b = b\n"),
-    (_HEAD, "ctx.made = (o.reduce(grad_hidden, \"sum\") if o.reduce else grad_hidden, grad_weight.sum)", "ctx.made = (grad_hidden, grad_weight.sum)"),
+    (_HEAD, "ctx.save_for_backward(o.reduce(grad_hidden, \"sum\") if o.reduce else grad_hidden)", "ctx.save_for_backward(grad_hidden)"),
     (_TOKENS, "own = grad[part] * here / o.temperature", "own = grad[part] * here"),
     (_TOKENS, "factors = -grad[part].sum(1), ", "factors = -grad[part, 0], "),
     ("top_logprobs", "_capped(likeliest, o)[0] - lse[:, None]", "likeliest - lse[:, None]"),
