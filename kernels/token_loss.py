@@ -78,22 +78,25 @@ def _own(labels, columns, o):
 
 
 def _sums_reference(z, labels, o):
-    """Of each row, over this part of the vocabulary, (5, N): the largest logit, the sum of exponentials (less the largest), the label's logit,
-    the sum of logits and that of exponentials times logits; 0 what is not asked for."""
+    """Of each row, over this part of the vocabulary, (5, N): the largest logit, the sum of exponentials of logits less it, the label's logit,
+    the sum of logits, and that of those exponentials times their exponents; 0 what is not asked for."""
     column, here = _own(labels, z.shape[1], o)
     peak = z.amax(1)
-    e = (z - peak[:, None]).exp_()
+    below = z - peak[:, None]
+    e = below.exp() if o.entropy else below.exp_()
     none = torch.zeros_like(peak)
     target = z.gather(1, column[:, None]).squeeze(1).masked_fill(~here, 0.0)
-    return torch.stack([peak, e.sum(1), target, z.sum(1) if o.label_smoothing else none, e.mul_(z).sum(1) if o.entropy else none])
+    return torch.stack([peak, e.sum(1), target, z.sum(1) if o.label_smoothing else none, below.mul_(e).sum(1) if o.entropy else none])
 
 
-def _gradient_reference(z, bent, labels, lse, entropy, factors, o, dtype):
-    """Of each raw logit p * a, + b at the label, - c, + p * d * (z - lse + entropy), in `dtype`; `factors` are a, b, c, d (N,)."""
+def _gradient_reference(z, bent, labels, peak, middle, factors, o, dtype):
+    """Of each raw logit e * a, + b at the label, - c, + e * d * (z - peak - middle), in `dtype`, where e = exp(z - peak); `factors` are a, b, c, d
+    (N,), which are 0 of ignored rows."""
     a, b, c, d = factors
     column, here = _own(labels, z.shape[1], o)
-    slope = a[:, None] if d is None else a[:, None] + d[:, None] * (z - (lse - entropy)[:, None])
-    gradient = (z - lse[:, None]).exp_().mul_(slope)
+    gradient = z - peak[:, None]
+    slope = a[:, None] if d is None else a[:, None] + d[:, None] * (gradient - middle[:, None])
+    gradient.exp_().mul_(slope)
     gradient.scatter_add_(1, column[:, None], (b * here)[:, None])
     if c is not None:
         gradient.sub_(c[:, None])
@@ -101,7 +104,7 @@ def _gradient_reference(z, bent, labels, lse, entropy, factors, o, dtype):
         gradient.div_(o.temperature)
     if bent is not None:
         gradient.mul_(1.0 - bent.square())
-    return gradient.to(dtype)
+    return gradient.masked_fill_((labels == o.ignore_index)[:, None], 0.0).to(dtype)
 
 
 @jit
@@ -166,11 +169,11 @@ def _token_sums_kernel(
             if PART == 1:
                 e = tl.where(inside, e, 0.0)
             shrink = _exp(peak - base, x.dtype)
-            total = total * shrink + e
             if SMOOTHED:
                 plain += z
             if ENTROPY:
-                weighted = weighted * shrink + e * z
+                weighted = (weighted + total * tl.where(peak == float("-inf"), 0.0, peak - base)) * shrink + e * (z - base)
+            total = total * shrink + e
             peak = above
     column = label - vocab_start
     here = (column >= 0) & (column < end)
@@ -189,7 +192,7 @@ def _gradient_block(logits, gradient, column, own_column, columns, numbers, d, s
     x = _loaded(logits, inside, WHOLE)
     z, slope = _capped_tile(x, softcap, temperature)
     if d is not None:
-        factor += by_entropy * (z - middle)
+        factor += by_entropy * (z - level - middle)
     value = _exp(z - level, x.dtype) * factor - share
     value = (value + tl.where(column == own_column, own, 0.0)) * slope
     if WHOLE:
@@ -200,7 +203,7 @@ def _gradient_block(logits, gradient, column, own_column, columns, numbers, d, s
 
 @jit
 def _token_gradient_kernel(
-    logits, gradient, labels, lse, entropy, a, b, c, d, stride, column_stride, gradient_stride, columns, blocks, vocab_start, ignore_index,
+    logits, gradient, labels, peak, middle, a, b, c, d, stride, column_stride, gradient_stride, columns, blocks, vocab_start, ignore_index,
     softcap, temperature, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK logits' gradients of a row; `gradient` may be `logits`. Of an ignored row 0, and no logit is read."""
@@ -209,11 +212,10 @@ def _token_gradient_kernel(
     column = at + tl.arange(0, BLOCK)
     logits += row * stride + column.to(tl.int64) * column_stride
     gradient += row * gradient_stride + column
-    level, factor, own = tl.load(lse + row), tl.load(a + row), tl.load(b + row)
+    level, factor, own = tl.load(peak + row), tl.load(a + row), tl.load(b + row)
     share = 0.0 if c is None else tl.load(c + row)
     by_entropy = 0.0 if d is None else tl.load(d + row)
-    middle = level if d is None else level - tl.load(entropy + row)
-    numbers = (level, factor, own, share, by_entropy, middle)
+    numbers = (level, factor, own, share, by_entropy, 0.0 if d is None else tl.load(middle + row))
     if label == ignore_index:
         tl.store(gradient, tl.zeros((BLOCK,), gradient.dtype.element_ty), column < columns)
     elif at + BLOCK <= columns:
@@ -246,16 +248,16 @@ def _sums(work, labels, o):
     return sums
 
 
-def _gradient(work, labels, lse, entropy, factors, o, *, inplace=True):
+def _gradient(work, labels, peak, middle, factors, o, *, inplace=True):
     """The gradient of logits, in their place where the kernel makes it and they may be overwritten."""
     logits = work.raw
     if o.impl != "triton":
-        return _gradient_reference(work.z, work.bent, labels, lse, entropy, factors, o, logits.dtype)
+        return _gradient_reference(work.z, work.bent, labels, peak, middle, factors, o, logits.dtype)
     gradient = logits if inplace and logits.stride(1) == 1 else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     blocks = triton.cdiv(logits.shape[1], _GRADIENT_BLOCK)
     if len(labels):
         launch(
-            _token_gradient_kernel, (len(labels) * blocks,), logits, gradient, labels.contiguous(), lse, entropy, *factors, *logits.stride(),
+            _token_gradient_kernel, (len(labels) * blocks,), logits, gradient, labels.contiguous(), peak, middle, *factors, *logits.stride(),
             gradient.stride(0), logits.shape[1], blocks, o.vocab_start, o.ignore_index, o.softcap,
             None if o.temperature == 1.0 else o.temperature, BLOCK=_GRADIENT_BLOCK, num_warps=8,
         )  # fmt: skip
@@ -277,42 +279,47 @@ def _native_chunk(z, labels, factors, logprob, o):
     return z
 
 
-def _level(sums, o):
-    """(log-sum-exp, sums over the whole vocabulary) of each row."""
-    if o.reduce is not None:
-        most = o.reduce(sums[0].clone(), "max")
-        share = (sums[0] - most).exp()
-        sums = torch.stack([most, *o.reduce(torch.stack([sums[1] * share, *sums[2:4], sums[4] * share]), "sum")])
-    return sums[0] + sums[1].log(), sums
+def _whole(sums, o):
+    """The sums of each row over the whole vocabulary."""
+    if o.reduce is None:
+        return sums
+    peak, total, target, plain, weighted = sums
+    most = o.reduce(peak.clone(), "max")
+    share = (peak - most).exp()
+    parts = torch.stack([total * share, target, plain, (weighted + (peak - most) * total) * share])
+    return torch.stack([most, *o.reduce(parts, "sum")])
 
 
 def _results(sums, labels, o):
-    """(loss, logprob, entropy or None, log-sum-exp) of each row; the first three are 0 where it is ignored."""
-    lse, (_peak, total, target, plain, weighted) = _level(sums, o)
-    ignored = labels == o.ignore_index
-    logprob = target - lse
+    """(loss, logprob, entropy or None, peak, total) of each row; the first three are 0 where it is ignored.
+
+    The log-sum-exp, peak + log(total), is not taken from a logit: rounded as coarsely as large logits are, it would leave nothing of a small loss.
+    """
+    peak, total, target, plain, weighted = _whole(sums, o)
+    ignored, log_total = labels == o.ignore_index, total.log()
+    logprob = target - peak - log_total
     loss = -(1.0 - o.label_smoothing) * logprob
     if o.label_smoothing:
-        loss = loss + o.label_smoothing * (lse - plain / o.vocab_size)
+        loss = loss + o.label_smoothing * (peak - plain / o.vocab_size + log_total)
     if o.z_loss:
-        loss = loss + o.z_loss * lse.square()
-    entropy = (lse - weighted / total).masked_fill(ignored, 0.0) if o.entropy else None
-    return loss.masked_fill(ignored, 0.0), logprob.masked_fill(ignored, 0.0), entropy, lse
+        loss = loss + o.z_loss * (peak + log_total).square()
+    entropy = (log_total - weighted / total).masked_fill(ignored, 0.0) if o.entropy else None
+    return loss.masked_fill(ignored, 0.0), logprob.masked_fill(ignored, 0.0), entropy, peak, total
 
 
-def _factors(labels, lse, grad_loss, grad_logprob, grad_entropy, o):
+def _factors(labels, peak, total, grad_loss, grad_logprob, grad_entropy, o):
     """What `_gradient` multiplies for upstream gradients (N,) of the three results, of which the last two may be None."""
     ignored = labels == o.ignore_index
     grad_loss, grad_logprob, grad_entropy = (
-        None if g is None else g.to(lse.dtype).masked_fill(ignored, 0.0) for g in (grad_loss, grad_logprob, grad_entropy)
+        None if g is None else g.to(peak.dtype).masked_fill(ignored, 0.0) for g in (grad_loss, grad_logprob, grad_entropy)
     )
     a = grad_loss if grad_logprob is None else grad_loss - grad_logprob
     b = -(1.0 - o.label_smoothing) * grad_loss
     b = b if grad_logprob is None else b + grad_logprob
     if o.z_loss:
-        a = a + (2.0 * o.z_loss) * grad_loss * lse
-    c = grad_loss * (o.label_smoothing / o.vocab_size) if o.label_smoothing else None
-    return a, b, c, None if grad_entropy is None else -grad_entropy
+        a = a + (2.0 * o.z_loss) * grad_loss * (peak + total.log())
+    c = grad_loss * o.label_smoothing / o.vocab_size if o.label_smoothing else None
+    return a / total, b, c, None if grad_entropy is None else -grad_entropy / total
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor, o: _Options) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -361,24 +368,24 @@ class _General(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, o):
         dtype = compute_dtype(hidden)
-        loss, logprob, lse = (torch.empty(len(labels), dtype=dtype, device=hidden.device) for _ in range(3))
+        loss, logprob, peak, total = (torch.empty(len(labels), dtype=dtype, device=hidden.device) for _ in range(4))
         entropy = torch.empty_like(loss) if o.entropy else None
         for part, raw in _chunks(hidden, weight, o):
             if o.impl == "native":
                 _native_chunk(raw, labels[part], None, logprob[part], o)
                 torch.neg(logprob[part], out=loss[part])
                 continue
-            loss[part], logprob[part], e, lse[part] = _results(_sums(_work(raw, o), labels[part], o), labels[part], o)
+            loss[part], logprob[part], e, peak[part], total[part] = _results(_sums(_work(raw, o), labels[part], o), labels[part], o)
             if o.entropy:
                 entropy[part] = e
-        ctx.save_for_backward(hidden, weight, labels, lse, entropy)
+        ctx.save_for_backward(hidden, weight, labels, peak, total, entropy)
         ctx.o = o
         return loss, logprob, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        hidden, weight, labels, lse, entropy = ctx.saved_tensors
+        hidden, weight, labels, peak, total, entropy = ctx.saved_tensors
         o, grad_hidden = ctx.o, torch.empty_like(hidden)
         grad_weight = _WeightGradient(weight)
         for part, raw in _chunks(hidden, weight, o):
@@ -387,9 +394,9 @@ class _General(torch.autograd.Function):
                 factors = grads[0] - grads[1]
                 gradient = _native_chunk(raw, labels[part], factors, torch.empty_like(factors), o)
             else:
-                factors = _factors(labels[part], lse[part], *grads, o)
-                z, level = _work(raw, o), (lse[part], None if entropy is None else entropy[part])
-                gradient = _gradient(z, labels[part], *level, factors, o)
+                factors = _factors(labels[part], peak[part], total[part], *grads, o)
+                middle = None if entropy is None else total[part].log() - entropy[part]
+                gradient = _gradient(_work(raw, o), labels[part], peak[part], middle, factors, o)
             torch.mm(gradient, weight, out=grad_hidden[part])
             grad_weight.add(gradient, hidden[part])
         return o.reduce(grad_hidden, "sum") if o.reduce else grad_hidden, grad_weight.sum.to(weight.dtype), None, None
@@ -403,26 +410,27 @@ class _Weighted(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, o, token_weight):
+    def forward(ctx, hidden, weight, labels, o, token_weight, needs):
         dtype = compute_dtype(hidden)
-        total = torch.zeros((), dtype=dtype, device=hidden.device)
+        result = torch.zeros((), dtype=dtype, device=hidden.device)
         logprob = torch.empty(len(labels), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(logprob) if o.entropy else None
-        ctx.dtype, needs = hidden.dtype, any(ctx.needs_input_grad[:2])
+        ctx.dtype = hidden.dtype
         grad_hidden = torch.empty_like(hidden) if needs else None
         grad_weight = _WeightGradient(weight) if needs else None
         for part, raw in _chunks(hidden, weight, o):
-            own = token_weight[part].to(dtype)
+            own = token_weight[part].to(dtype).masked_fill(labels[part] == o.ignore_index, 0.0)
             if o.impl == "native":
                 gradient = _native_chunk(raw, labels[part], own if needs else None, logprob[part], o)
-                total -= (logprob[part] * own).sum()
+                result -= (logprob[part] * own).sum()
             else:
                 z = _work(raw, o)
-                loss, logprob[part], e, lse = _results(_sums(z, labels[part], o), labels[part], o)
-                total += (loss * own).sum()
+                loss, logprob[part], e, peak, total = _results(_sums(z, labels[part], o), labels[part], o)
+                result += (loss * own).sum()
                 if o.entropy:
                     entropy[part] = e
-                gradient = _gradient(z, labels[part], lse, None, _factors(labels[part], lse, own, None, None, o), o) if needs else None
+                factors = _factors(labels[part], peak, total, own, None, None, o)
+                gradient = _gradient(z, labels[part], peak, None, factors, o) if needs else None
             if needs:
                 torch.mm(gradient, weight, out=grad_hidden[part])
                 grad_weight.add(gradient, hidden[part])
@@ -430,7 +438,7 @@ class _Weighted(torch.autograd.Function):
             ctx.save_for_backward(o.reduce(grad_hidden, "sum") if o.reduce else grad_hidden)
         ctx.grad_weight = grad_weight.sum if needs else None
         ctx.mark_non_differentiable(logprob, *([entropy] if o.entropy else []))
-        return total, logprob, entropy
+        return result, logprob, entropy
 
     @staticmethod
     @once_differentiable
@@ -439,9 +447,9 @@ class _Weighted(torch.autograd.Function):
             raise RuntimeError("linear_cross_entropy: a second backward with token_weight_N, whose gradients were made once, in the forward")
         (grad_hidden,), grad_weight, ctx.grad_weight = ctx.saved_tensors, ctx.grad_weight, None
         if ctx.dtype == grad_weight.dtype:
-            return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None
+            return grad_hidden.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None, None
         grad_hidden = (grad_hidden.to(grad_total.dtype) * grad_total).to(ctx.dtype)
-        return grad_hidden, torch.mul(grad_weight, grad_total, out=torch.empty_like(grad_weight, dtype=ctx.dtype)), None, None, None
+        return grad_hidden, torch.mul(grad_weight, grad_total, out=torch.empty_like(grad_weight, dtype=ctx.dtype)), None, None, None, None
 
 
 class _OfLogits(torch.autograd.Function):
@@ -449,8 +457,8 @@ class _OfLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, labels, o, inplace):
-        loss, _logprob, _entropy, lse = _results(_sums(_work(logits, o), labels, o), labels, o)
-        ctx.save_for_backward(logits, labels, lse)
+        loss, _logprob, _entropy, peak, total = _results(_sums(_work(logits, o), labels, o), labels, o)
+        ctx.save_for_backward(logits, labels, peak, total)
         ctx.o, ctx.inplace = o, inplace
         return loss
 
@@ -459,11 +467,14 @@ class _OfLogits(torch.autograd.Function):
     def backward(ctx, grad):
         if ctx.inplace is None:
             raise RuntimeError("cross_entropy: a second backward, but inplace=True has overwritten the logits with the first's gradient")
-        logits, labels, lse = ctx.saved_tensors
-        factors = _factors(labels, lse, grad, None, None, ctx.o)
-        gradient = _gradient(_work(logits, ctx.o), labels, lse, None, factors, ctx.o, inplace=ctx.inplace)
+        logits, labels, peak, total = ctx.saved_tensors
+        factors = _factors(labels, peak, total, grad, None, None, ctx.o)
+        gradient = _gradient(_work(logits, ctx.o), labels, peak, None, factors, ctx.o, inplace=ctx.inplace)
         if ctx.inplace:
-            gradient, ctx.inplace = logits.copy_(gradient) if gradient is not logits else logits, None
+            if gradient is not logits:
+                logits.copy_(gradient)
+            torch.autograd.graph.increment_version(logits)  # whoever else kept them is told
+            gradient, ctx.inplace = logits.detach(), None
         return gradient, None, None, None
 
 
@@ -473,21 +484,22 @@ class _OfTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, tokens, o):
         logprobs = torch.empty(tokens.shape, dtype=compute_dtype(hidden), device=hidden.device)
-        lse = logprobs.new_empty(len(tokens))
+        peak, total = logprobs.new_empty(2, len(tokens))
         for part, raw in _chunks(hidden, weight, o):
             z = _work(raw, o)
-            lse[part] = _level(_sums(z, tokens[part, 0], o), o)[0]
+            peak[part], total[part] = _whole(_sums(z, tokens[part, 0], o), o)[:2]
             column, here = _own(tokens[part], len(weight), o)
             own = _at(z, column, o)[0].masked_fill(~here, 0.0)
-            logprobs[part] = (o.reduce(own, "sum") if o.reduce else own) - lse[part, None]
-        ctx.save_for_backward(hidden, weight, tokens, lse)
+            own = o.reduce(own, "sum") if o.reduce else own
+            logprobs[part] = own - peak[part, None] - total[part, None].log()
+        ctx.save_for_backward(hidden, weight, tokens, peak, total)
         ctx.o = o
         return logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        hidden, weight, tokens, lse = ctx.saved_tensors
+        hidden, weight, tokens, peak, total = ctx.saved_tensors
         o, grad_hidden = ctx.o, torch.empty_like(hidden)
         grad_weight = _WeightGradient(weight)
         for part, raw in _chunks(hidden, weight, o):
@@ -495,8 +507,8 @@ class _OfTokens(torch.autograd.Function):
             column, here = _own(tokens[part], len(weight), o)
             _, bent = _at(z, column, o)
             own = grad[part] * here / o.temperature * (1.0 if bent is None else 1.0 - bent.square())
-            factors = -grad[part].sum(1), torch.zeros_like(lse[part]), None, None
-            gradient = _gradient(z, tokens[part, 0], lse[part], None, factors, o).scatter_add_(1, column, own.to(hidden.dtype))
+            factors = -grad[part].sum(1) / total[part], torch.zeros_like(peak[part]), None, None
+            gradient = _gradient(z, tokens[part, 0], peak[part], None, factors, o).scatter_add_(1, column, own.to(hidden.dtype))
             torch.mm(gradient, weight, out=grad_hidden[part])
             grad_weight.add(gradient, hidden[part])
         return o.reduce(grad_hidden, "sum") if o.reduce else grad_hidden, grad_weight.sum.to(weight.dtype), None, None
@@ -511,7 +523,8 @@ def _run(hidden, weight, labels, o, rows, token_weight):
     if token_weight is None:
         results = _General.apply(hidden, weight, labels, o)
     else:
-        results = _Weighted.apply(hidden, weight, labels, o, token_weight)
+        needs = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        results = _Weighted.apply(hidden, weight, labels, o, token_weight.detach(), needs)
     if rows is None:
         return results
     return tuple(x if x is None or x.dim() == 0 else x.new_zeros(N).index_put((rows,), x) for x in results)
@@ -524,14 +537,15 @@ def _options(weight, *, label_smoothing=0.0, reduce=None, **given) -> _Options:
     return _Options(label_smoothing=label_smoothing, reduce=reduce, vocab_size=size, **given)
 
 
+@torch.no_grad()
 def _top(hidden, weight, k, o):
     N, dtype = len(hidden), compute_dtype(hidden)
     logprobs, tokens = torch.empty(N, k, dtype=dtype, device=hidden.device), torch.empty(N, k, dtype=torch.int64, device=hidden.device)
     for part, raw in _chunks(hidden, weight, o):
         z = _work(raw, o)
         likeliest, tokens[part] = z.raw.topk(k)
-        lse = _level(_sums(z, tokens[part, 0], o), o)[0]
-        logprobs[part] = _capped(likeliest, o)[0] - lse[:, None]
+        peak, total = _whole(_sums(z, tokens[part, 0], o), o)[:2, :, None]
+        logprobs[part] = _capped(likeliest, o)[0] - peak - total.log()
     return logprobs, tokens
 
 
@@ -557,9 +571,9 @@ def top_logprobs_reference(hidden_NC, weight_VC, k, **options):
 
 
 def _check_numbers(op, softcap, temperature=1.0):
-    if softcap is not None and softcap <= 0:
+    if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap={softcap} must be positive; None is no cap")
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"{op}: temperature={temperature} must be positive")
 
 
@@ -632,6 +646,8 @@ def cross_entropy(logits_NV, labels_N, *, ignore_index=-100, label_smoothing=0.0
     if logits_NV.dim() != 2 or labels_N.shape != logits_NV.shape[:1] or labels_N.dtype != torch.int64:
         raise ValueError(f"cross_entropy: logits {tuple(logits_NV.shape)} and labels {tuple(labels_N.shape)} {labels_N.dtype} do not fit")
     _check_numbers("cross_entropy", softcap)
+    if inplace and any(stride == 0 and size > 1 for size, stride in zip(logits_NV.shape, logits_NV.stride(), strict=True)):
+        raise ValueError("cross_entropy: inplace=True needs logits of their own memory, these are expanded; leave it out, or clone them")
     chosen = choose("cross_entropy", impl, logits_NV, labels_N, triton=has_kernel(logits_NV))
     _check_labels("cross_entropy", labels_N, ignore_index, 0, logits_NV.shape[1])
     o = _Options(ignore_index, label_smoothing, z_loss, softcap, vocab_size=logits_NV.shape[1], impl=chosen)
@@ -655,7 +671,6 @@ def token_logprobs(
     return _OfTokens.apply(hidden_NC, weight_VC, tokens_NK, o)
 
 
-@torch.no_grad()
 def top_logprobs(hidden_NC, weight_VC, k, *, softcap=None, temperature=1.0, impl="auto"):
     """(log-probabilities (N, k) in fp32 (float64 for float64), tokens (N, k) int64) of the k likeliest tokens of each row, likeliest first.
 

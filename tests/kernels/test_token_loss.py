@@ -420,9 +420,14 @@ def test_a_gradient_over_its_logits_is_made_once():
         leaf = logits.detach().clone().requires_grad_()
         loss = cross_entropy(leaf, torch.arange(4, device=DEVICE), inplace=True, impl=impl).sum()
         (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-        assert torch.equal(gradient, leaf)
+        assert torch.equal(gradient, leaf) and not gradient.requires_grad and leaf._version
         with pytest.raises(RuntimeError, match="inplace=True has overwritten"):
             loss.backward()
+
+
+def test_expanded_logits_have_no_place_for_a_gradient():
+    with pytest.raises(ValueError, match="cross_entropy: inplace=True needs logits of their own memory"):
+        cross_entropy(torch.zeros(1, 5).expand(3, 5), torch.arange(3), inplace=True)
 
 
 def test_rows_of_logits_further_apart_than_32_bits_reach():
@@ -432,15 +437,60 @@ def test_rows_of_logits_further_apart_than_32_bits_reach():
     check(call("triton"), call("reference"), tensors, {SUMS: 1, GRADIENT: 1})
 
 
-def test_ignored_rows_are_not_read():
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_ignored_rows_are_not_read(impl):
     """Their logits may be anything, NaN too, and so may what comes from above."""
     logits = torch.full((3, 100), torch.nan, device=DEVICE)
     logits[1] = 0.0
     logits.requires_grad_()
     with poisoned():
-        loss = cross_entropy(logits, torch.tensor([-100, 7, -100], device=DEVICE), impl="triton")
+        loss = cross_entropy(logits, torch.tensor([-100, 7, -100], device=DEVICE), impl=impl)
         (gradient,) = torch.autograd.grad(loss, logits, torch.tensor([torch.nan, 1.0, torch.nan], device=DEVICE))
     assert loss[::2].eq(0).all() and gradient[::2].eq(0).all() and gradient[1].isfinite().all()
+    hidden, weight = torch.ones(3, 4, device=DEVICE).requires_grad_(), torch.ones(6, 4, device=DEVICE).requires_grad_()
+    labels, weights = torch.tensor([-100, 2, -100], device=DEVICE), torch.tensor([torch.nan, 1.0, torch.nan], device=DEVICE)
+    for chosen in (impl, "auto"):
+        loss = linear_cross_entropy(hidden, weight, labels, token_weight_N=weights, impl=chosen)[0]
+        assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, (hidden, weight)))
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # beyond the last logit
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("shift", [0.0, 300.0, -300.0])
+def test_small_losses_of_large_logits_are_exact(impl, shift):
+    """A log-sum-exp rounded as large logits are would leave nothing of them."""
+    logits = torch.randn(8, 100, generator=torch.Generator().manual_seed(0)) * 3 + shift
+    logits[:, 7] += 20.0
+    labels = torch.full((8,), 7)
+    wide = logits.double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
+    (exact,) = torch.autograd.grad(want.sum(), wide)
+    leaf = logits.to(DEVICE).requires_grad_()
+    eye, all_results = torch.eye(100, device=DEVICE), []
+    all_results.append(cross_entropy(leaf, labels.to(DEVICE), impl=impl))
+    all_results.append(linear_cross_entropy(leaf, eye, labels.to(DEVICE), impl=impl)[0])
+    all_results.append(-token_logprobs(leaf, eye, labels.to(DEVICE)[:, None], impl=impl)[:, 0])
+    for loss in all_results:
+        torch.testing.assert_close(loss.cpu().double(), want, rtol=0.01, atol=1e-7)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        torch.testing.assert_close(gradient.cpu().double(), exact, rtol=0.01, atol=1e-7)
+
+
+def test_no_gradients_are_made_where_none_are_wanted(monkeypatch):
+    hidden, weight, labels = draw(5, 4, 7, torch.float32)
+    monkeypatch.setattr(token_loss, "_WeightGradient", None)
+    with torch.no_grad():
+        for impl in ("reference", "auto"):
+            linear_cross_entropy(hidden, weight, labels, token_weight_N=torch.ones(5), impl=impl)
+
+
+def test_references_take_what_the_functions_do():
+    hidden, weight, labels = draw(5, 4, 7)
+    for name, arguments in (("linear_cross_entropy", (hidden, weight, labels)), ("cross_entropy", (hidden, labels.clamp(max=3))),
+                            ("token_logprobs", (hidden, weight, labels.clamp(min=0)[:, None])), ("top_logprobs", (hidden, weight, 3))):  # fmt: skip
+        want, got = (getattr(token_loss, name + kind)(*arguments) for kind in ("", "_reference"))
+        for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x[:2] for x in (want, got)), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_no_rows():
