@@ -104,7 +104,7 @@ def _gradient_reference(z, bent, labels, peak, middle, factors, o, dtype):
         gradient.div_(o.temperature)
     if bent is not None:
         gradient.mul_(1.0 - bent.square())
-    return gradient.masked_fill_((labels == o.ignore_index)[:, None], 0.0).to(dtype)
+    return gradient.to(dtype)
 
 
 @jit
